@@ -1,0 +1,53 @@
+# make serve   the demo model on two data-parallel ranks, http://127.0.0.1:30000   [PORT=…] [MODEL=…] [ARGS="…"]
+# make test    the tests                                                           [ARGS="…" passes pytest options]
+# make lint    format, lint and types
+# make eval    held-out accuracy of the served demo model                          [PORT=…]
+# make bench   tokens per second of the engine beside transformers, and the CPU collectives
+# make demo-model   train, quantize and export the demo model again (tools/demo_model/README.md)
+# Each does the set-up it needs in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 30000
+MODEL ?= assets/nibble-demo-6m-nvfp4
+RANKS ?= 2
+ARGS ?=
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: install serve test lint eval bench demo-model
+
+install: $(VENV)/.installed
+
+# PyTorch first and by itself: asked for by another package, pip may choose a build with gigabytes of CUDA.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+serve: install
+	$(BIN)/python -m nibble.launch_server --model-path $(MODEL) --port $(PORT) \
+		--tp-size $(RANKS) --dp-size $(RANKS) --ep-size $(RANKS) \
+		--enable-dp-attention --enable-flashinfer-cutlass-moe $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+# Asks the server that `make serve` runs.
+eval: install
+	$(BIN)/python -m tools.demo_model.evaluate --base-url http://127.0.0.1:$(PORT)/v1 $(ARGS)
+
+bench: install
+	$(BIN)/python benchmark/offline.py --model-path $(MODEL) --ranks $(RANKS) $(ARGS)
+	$(BIN)/python benchmark/comm/cpu_collectives.py
+
+# Trains on the GPU (minutes; hours without one), then quantizes and exports.
+demo-model: install
+	$(BIN)/python -m tools.demo_model.train --output build/nibble-demo-6m-bf16 --record assets/nibble-demo-6m-bf16.json
+	$(BIN)/python -m tools.demo_model.export --checkpoint build/nibble-demo-6m-bf16 --output assets/nibble-demo-6m-nvfp4
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy

@@ -1,0 +1,175 @@
+"""Turns flags, checkpoint and machine into one frozen EngineConfig. Every "auto" is decided here."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from nibble.config.fp4_allgather import Fp4AllGatherDecision, should_use_flashinfer_cutlass_moe_fp4_allgather
+from nibble.config.model_config import ModelConfig, load_model_config
+from nibble.config.parallel_config import ParallelConfig, resolve_parallel
+from nibble.config.quantization_config import QuantizationConfig, load_quantization_config
+from nibble.config.server_args import ServerArgs, require_positive
+from nibble.utils.c_library import CompileError, build_c_library
+from nibble.utils.capability import available_memory_bytes, capability
+from nibble.utils.errors import ConfigError
+
+CPU_KERNELS_SOURCE = Path(__file__).parents[1] / "kernels" / "cpu" / "kernels.c"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What every process of the engine agrees on. Sent to the ranks as JSON."""
+
+    args: ServerArgs
+    model_folder: str
+    tokenizer_folder: str
+    model: ModelConfig
+    quantization: QuantizationConfig | None
+    parallel: ParallelConfig
+    fp4_allgather: Fp4AllGatherDecision
+    device: str
+    dtype: str
+    moe_kernel: str
+    cpu_kernels: str
+    no_c_kernels: str | None
+    """Why auto did not choose the C kernels, if so."""
+    cpu_collectives: str
+    cpu_threads: int
+    context_length: int
+    num_pages: int
+    random_seed: int
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens that the KV cache of one rank holds."""
+        return self.num_pages * self.args.page_size
+
+    def decisions(self) -> list[str]:
+        """One line for each choice that was left to the engine."""
+        parallel, gather = self.parallel, self.fp4_allgather
+        return [
+            f"FP4 all-gather is {'on' if gather.enabled else 'off'}: {gather.reason}",
+            f"ranks: tp={parallel.tp_size} dp={parallel.dp_size} ep={parallel.ep_size}, "
+            f"collectives: {self.cpu_collectives if parallel.world_size > 1 else 'none (one rank)'}",
+            f"device: {self.device} ({self.cpu_threads} threads a rank), activations: {self.dtype}, "
+            f"kernels: {self.cpu_kernels}, of the experts: {self.moe_kernel}"
+            + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
+            f"KV cache: {self.max_total_tokens} tokens a rank in pages of {self.args.page_size}; "
+            f"context length: {self.context_length}",
+        ]
+
+
+def resolve(args: ServerArgs) -> EngineConfig:
+    """Raises ConfigError, with the reason and the fix, for anything that can't be served as asked."""
+    require_positive(args)
+    folder = checkpoint_folder(args.model_path, weights=args.load_format != "dummy")
+    model = load_model_config(folder)
+    quantization = _resolve_quantization(args, folder)
+    parallel = resolve_parallel(args, model)
+    machine = capability()
+    device = _resolve_device(args)
+    dtype = "float32" if args.dtype == "auto" else args.dtype
+    cpu_kernels, no_c_kernels = _resolve_cpu_kernels(args)
+    context_length, num_pages = _resolve_memory(args, model, parallel, dtype)
+    return EngineConfig(
+        args=args,
+        model_folder=str(folder),
+        tokenizer_folder=str(checkpoint_folder(args.tokenizer_path, weights=False) if args.tokenizer_path else folder),
+        model=model,
+        quantization=quantization,
+        parallel=parallel,
+        fp4_allgather=should_use_flashinfer_cutlass_moe_fp4_allgather(args, model, quantization),
+        device=device,
+        dtype=dtype,
+        moe_kernel=_resolve_moe_kernel(args, cpu_kernels),
+        cpu_kernels=cpu_kernels,
+        no_c_kernels=no_c_kernels,
+        cpu_collectives="shared_memory" if args.cpu_collectives == "auto" else args.cpu_collectives,
+        cpu_threads=args.cpu_threads or max(1, machine.cpu_cores // parallel.world_size),
+        context_length=context_length,
+        num_pages=num_pages,
+        random_seed=args.random_seed if args.random_seed is not None else secrets.randbits(62),
+    )
+
+
+def checkpoint_folder(name: str, weights: bool) -> Path:
+    """A local folder as it is; otherwise a repository of the Hugging Face hub, downloaded once."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ConfigError(f"--model-path {name!r} is not a folder")
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise ConfigError(
+            f"--model-path {name!r} is neither a folder nor a repository that could be downloaded: {error}"
+        ) from error
+
+
+def _resolve_quantization(args: ServerArgs, folder: Path) -> QuantizationConfig | None:
+    found = load_quantization_config(folder)
+    if args.quantization is not None and (found is None or found.method != args.quantization):
+        raise ConfigError(
+            f"--quantization {args.quantization}: the checkpoint in {folder} is not quantized so; "
+            "leave the flag out, or export the checkpoint with nvidia-modelopt"
+        )
+    return found
+
+
+def _resolve_device(args: ServerArgs) -> str:
+    if args.device == "cuda":
+        raise ConfigError("--device cuda is not supported by this version; use --device cpu")
+    return "cpu"
+
+
+def _resolve_cpu_kernels(args: ServerArgs) -> tuple[str, str | None]:
+    """The kernels, and why auto had to do without C."""
+    if args.cpu_kernels == "torch":
+        return "torch", None
+    try:
+        build_c_library(CPU_KERNELS_SOURCE)
+    except CompileError as error:
+        if args.cpu_kernels == "c":
+            raise ConfigError(f"--cpu-kernels c: {error}; use --cpu-kernels torch or auto") from error
+        return "torch", str(error)
+    return "c", None
+
+
+def _resolve_moe_kernel(args: ServerArgs, cpu_kernels: str) -> str:
+    if args.moe_kernel == "auto":
+        return cpu_kernels
+    if args.moe_kernel == "c" and cpu_kernels != "c":
+        raise ConfigError("--moe-kernel c needs the C kernels; leave out --cpu-kernels torch, or install a C compiler")
+    needs = {"flashinfer_cutlass": "a GPU of compute capability 10.0 or newer", "triton": "a GPU"}
+    if args.moe_kernel in needs:
+        raise ConfigError(
+            f"--moe-kernel {args.moe_kernel} needs {needs[args.moe_kernel]}, and this engine runs on the CPU; "
+            "use --moe-kernel torch or auto"
+        )
+    return args.moe_kernel
+
+
+def _resolve_memory(args: ServerArgs, model: ModelConfig, parallel: ParallelConfig, dtype: str) -> tuple[int, int]:
+    """The context length, and the pages of one rank's KV cache. One whole context always fits."""
+    longest = model.max_position_embeddings
+    if args.context_length is not None and args.context_length > longest:
+        raise ConfigError(f"--context-length {args.context_length} exceeds the checkpoint's {longest}")
+    token_bytes = model.kv_elements_per_token * DTYPE_BYTES[dtype]
+    tokens = args.max_total_tokens
+    if tokens is None:
+        affordable = available_memory_bytes() // 4 // parallel.world_size // token_bytes
+        tokens = min(args.max_running_requests * (args.context_length or longest), affordable)
+    pages = tokens // args.page_size
+    context_length = args.context_length or min(longest, pages * args.page_size)
+    if pages * args.page_size < max(context_length, 1):
+        raise ConfigError(
+            f"the KV cache of a rank holds {pages} pages of {args.page_size} tokens "
+            f"({tokens * token_bytes / 2**20:.0f} MiB), fewer than one request of --context-length "
+            f"{context_length} needs; lower --context-length or raise --max-total-tokens"
+        )
+    return context_length, pages

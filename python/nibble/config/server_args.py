@@ -1,0 +1,147 @@
+"""The flags of the engine: one frozen dataclass, from which the command line is made."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nibble.utils.errors import ConfigError
+
+
+def flag(default: Any, help: str, *aliases: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """What was asked for. `config.resolve` turns it into what is done."""
+
+    # Model
+    model_path: str = flag("", "Folder of the checkpoint, or its name on the Hugging Face hub.", "--model")
+    tokenizer_path: str | None = flag(None, "Folder of the tokenizer, if it is not the checkpoint's.")
+    served_model_name: str | None = flag(None, "Name that /v1/models gives. Default: --model-path.")
+    context_length: int | None = flag(None, "Longest prompt plus answer, in tokens. Default: the checkpoint's.")
+    trust_remote_code: bool = flag(False, "Let the tokenizer run code that comes with the checkpoint.")
+    load_format: str = flag(
+        "auto",
+        "auto reads safetensors; dummy fills random weights of the checkpoint's formats.",
+        choices=("auto", "dummy"),
+    )
+    dtype: str = flag(
+        "auto",
+        "Type of activations and KV cache. auto: float32 on a CPU.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    quantization: str | None = flag(
+        None, "Format the checkpoint must have. Default: what it says itself.", choices=("modelopt_fp4",)
+    )
+
+    # Parallelism
+    tp_size: int = flag(1, "Ranks of one replica.", "--tp", "--tensor-parallel-size")
+    dp_size: int = flag(1, "Data-parallel attention groups.", "--dp", "--data-parallel-size")
+    ep_size: int = flag(1, "Groups over which experts are split.", "--ep", "--expert-parallel-size")
+    enable_dp_attention: bool = flag(False, "Attention data-parallel: each rank serves its own requests.")
+
+    # Mixture of experts
+    enable_flashinfer_cutlass_moe: bool = flag(
+        False,
+        "Gather NVFP4 rows between ranks (quantize before the gather) when dp-size equals ep-size; "
+        "the kernels follow the machine, see --moe-kernel.",
+    )
+    disable_flashinfer_cutlass_moe_fp4_allgather: bool = flag(
+        False, "Gather unquantized rows and quantize after the gather."
+    )
+    moe_kernel: str = flag(
+        "auto",
+        "Kernels of the experts. Only auto chooses, and it logs what it chose.",
+        choices=("auto", "flashinfer_cutlass", "triton", "torch", "c"),
+    )
+
+    # Machine
+    device: str = flag("auto", "Device that runs the model.", choices=("auto", "cpu", "cuda"))
+    cpu_collectives: str = flag(
+        "auto",
+        "Collectives between CPU ranks. auto: shared_memory, since all ranks share one host.",
+        choices=("auto", "shared_memory", "gloo"),
+    )
+    cpu_kernels: str = flag(
+        "auto",
+        "Kernels on a CPU. auto: c, compiled once with the machine's own compiler, or torch without one.",
+        choices=("auto", "c", "torch"),
+    )
+    cpu_threads: int | None = flag(
+        None, "Threads of each CPU rank. Default: the cores divided by the ranks, at least one."
+    )
+
+    # Memory and batching (per rank)
+    page_size: int = flag(16, "Tokens of one KV cache page.")
+    max_total_tokens: int | None = flag(
+        None,
+        "Tokens the KV cache of one rank holds. Default: what max-running-requests full contexts need, "
+        "within a quarter of the free memory.",
+    )
+    max_running_requests: int = flag(64, "Requests that run at once on one rank.")
+    max_queued_requests: int = flag(1024, "Requests that wait at once, over all ranks; more get a 503.")
+    chunked_prefill_size: int = flag(512, "Prompt tokens that one step of one rank processes at most.")
+    random_seed: int | None = flag(None, "Seed for requests that bring none. Default: drawn at start.")
+
+    # Server
+    host: str = flag("127.0.0.1", "Address to listen on.")
+    port: int = flag(30000, "Port to listen on.")
+    api_key: str | None = flag(None, "Key that requests must bring as a bearer token.")
+    max_request_bytes: int = flag(16 * 2**20, "Largest request body, in bytes; a larger one gets a 413.")
+    drain_timeout: float = flag(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl-C.")
+    startup_timeout: float = flag(600.0, "Seconds until the server must be ready.")
+    dist_timeout: float = flag(60.0, "Seconds that a rank waits for its peers in a collective.")
+    log_level: str = flag("info", "Least severe log line shown.", choices=("debug", "info", "warning", "error"))
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _value_type(annotation: Any) -> Any:
+    return {"int": int, "float": float}.get(str(getattr(annotation, "__name__", annotation)).split(" ")[0], str)
+
+
+def add_server_args(parser: argparse.ArgumentParser) -> None:
+    """Adds one option for each field of ServerArgs."""
+    for entry in dataclasses.fields(ServerArgs):
+        names = [_flag_name(entry.name), *entry.metadata["aliases"]]
+        options: dict[str, Any] = {"dest": entry.name, "default": entry.default}
+        shown = "" if entry.default in (None, "", False) else f" (default: {entry.default})"
+        options["help"] = entry.metadata["help"].replace("%", "%%") + shown
+        if entry.type is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = _value_type(entry.type)
+            options["choices"] = entry.metadata["choices"]
+        if entry.name == "model_path":
+            options["required"] = True
+        parser.add_argument(*names, **options)
+
+
+def parse_server_args(argv: Sequence[str] | None = None) -> ServerArgs:
+    parser = argparse.ArgumentParser(
+        prog="python -m nibble.launch_server", description="Serve a model over HTTP.", allow_abbrev=False
+    )
+    add_server_args(parser)
+    return ServerArgs(**vars(parser.parse_args(argv)))
+
+
+def require_positive(args: ServerArgs) -> None:
+    """Refuses numbers that no configuration can mean. Raises ConfigError."""
+    names = (
+        "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
+        "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
+        "context_length", "max_total_tokens", "cpu_threads",
+    )  # fmt: skip
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{_flag_name(name)} must be greater than 0, got {value}")
+    if args.drain_timeout < 0:
+        raise ConfigError(f"--drain-timeout must be at least 0, got {args.drain_timeout}")
+    if not 0 <= args.port < 65536:
+        raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")

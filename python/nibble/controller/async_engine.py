@@ -1,0 +1,284 @@
+"""The engine as one asyncio object: requests in, growing answers out, rank processes underneath."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from nibble.config.resolve import EngineConfig
+from nibble.controller.load_balancer import LoadBalancer
+from nibble.controller.request_state import RequestState
+from nibble.controller.supervisor import Supervisor
+from nibble.generation import GenerationOutput, GenerationRequest
+from nibble.ipc.messages import (
+    AbortRequest,
+    FromRank,
+    NewRequest,
+    RankFailed,
+    RankReady,
+    RankStage,
+    TokenBatch,
+    ToRank,
+    Wake,
+    engine_address,
+    rank_address,
+)
+from nibble.sampling_params import validate_sampling_params
+from nibble.tokenizer.tokenizer import Tokenizer
+from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "draining", "dead"]
+
+
+class AsyncEngine:
+    """Serves requests on the ranks of one EngineConfig. All methods belong to one event loop.
+
+    `on_dead` is called once, with the reason, when a process of the engine dies.
+    """
+
+    def __init__(self, config: EngineConfig, on_dead: Callable[[str], None] = lambda _: None) -> None:
+        self.config = config
+        self.tokenizer = Tokenizer.from_pretrained(config.tokenizer_folder, config.args.trust_remote_code)
+        self.served_model_name = config.args.served_model_name or config.args.model_path
+        self.vocab_size = config.model.vocab_size
+        self.context_length = config.context_length
+        self.dp_size = config.parallel.dp_size
+        self._on_dead = on_dead
+        self._state: State = "starting"
+        self._death: str | None = None
+        self._ready = asyncio.Event()
+        self._stages: dict[int, str] = {}
+        self._requests: dict[str, RequestState] = {}
+        self._balancer = LoadBalancer(self.dp_size)
+        self._sequence = 0
+        self._supervisor: Supervisor | None = None  # until start
+        self._encoder = msgspec.msgpack.Encoder()
+
+    # Life of the engine
+
+    async def start(self) -> None:
+        """Returns when every rank is ready. Raises EngineDeadError with the stage reached, or ConfigError."""
+        self._loop = asyncio.get_running_loop()
+        self._run_dir = Path(tempfile.mkdtemp(prefix="nibble-"))  # mode 0700
+        self._context = zmq.asyncio.Context()
+        self._from_ranks = self._socket(zmq.PULL)
+        self._from_ranks.bind(engine_address(self._run_dir))
+        self._to_ranks = [self._socket(zmq.PUSH) for _ in range(self.dp_size)]
+        for rank, socket in enumerate(self._to_ranks):
+            socket.connect(rank_address(self._run_dir, rank))
+        self._receiver = asyncio.create_task(self._receive())
+        self._supervisor = Supervisor(self.config, self._run_dir, self._on_exit)
+        self._supervisor.start()
+        timeout = self.config.args.startup_timeout
+        try:
+            await asyncio.wait_for(self._ready.wait(), timeout)
+        except TimeoutError:
+            waiting = {rank: stage for rank, stage in self._stages.items() if stage != "ready"}
+            waiting |= {r: "starting its process" for r in range(self.dp_size) if r not in self._stages}
+            stuck = ", ".join(f"rank {rank} is at {stage!r}" for rank, stage in sorted(waiting.items()))
+            raise EngineDeadError(f"not ready within --startup-timeout {timeout:g} s: {stuck}") from None
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        self._state = "ready"
+
+    async def stop(self) -> None:
+        """Ends all processes and removes what they left. Requests still running end with an error."""
+        if self._state != "dead":
+            self._fail("the server is shutting down", notify=False)
+        if self._supervisor is not None:
+            await asyncio.to_thread(self._supervisor.stop)
+            self._receiver.cancel()
+            self._context.destroy(linger=0)
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    async def drain(self, timeout: float) -> None:
+        """Refuses new requests and waits for the running ones, at most `timeout` seconds; then they fail."""
+        if self._state == "ready":
+            self._state = "draining"
+        deadline = self._loop.time() + timeout
+        while self._requests and self._state == "draining" and self._loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        for state in self._requests.values():
+            state.fail(EngineDeadError(f"the server is shutting down and this took longer than {timeout:g} s"))
+
+    def state(self) -> State:
+        return self._state
+
+    def is_ready(self) -> bool:
+        return self._state == "ready"
+
+    def model_info(self) -> dict[str, Any]:
+        return {
+            "model_path": self.config.args.model_path,
+            "tokenizer_path": self.config.tokenizer_folder,
+            "served_model_name": self.served_model_name,
+            "is_generation": True,
+            "architecture": self.config.model.architecture,
+            "quantization": self.config.quantization.method if self.config.quantization else None,
+            "context_length": self.context_length,
+            "vocab_size": self.vocab_size,
+        }
+
+    def server_info(self) -> dict[str, Any]:
+        args: dict[str, Any] = msgspec.to_builtins(self.config.args)
+        if args["api_key"] is not None:
+            args["api_key"] = "***"
+        resolved: dict[str, Any] = msgspec.to_builtins(self.config)
+        del resolved["args"]
+        return {
+            **args,
+            "resolved": resolved,
+            "state": self._state,
+            "requests_per_rank": self._balancer.requests_per_rank(),
+            "rank_process_ids": self._supervisor.process_ids if self._supervisor else [],
+        }
+
+    # Life of a request
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationOutput, None]:
+        """Cumulative snapshots, the last one with a finish reason. Closing the iterator aborts the request.
+
+        A slow reader skips snapshots and never holds anyone up. Raises RequestError, OverloadedError or
+        EngineDeadError.
+        """
+        state = self._submit(request)
+        try:
+            while True:
+                output = await state.next_output()
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self._forget(state)
+
+    def abort(self, request_id: str) -> None:
+        """Ends the request with finish reason "abort"; an unknown one has ended already."""
+        state = self._requests.get(request_id)
+        if state is not None:
+            self._send(state.rank, AbortRequest(request_id))
+            state.end_aborted("aborted by the client")
+
+    def _submit(self, request: GenerationRequest) -> RequestState:
+        self._check(request)
+        self._check_capacity()
+        num_tokens = len(request.input_ids) + request.sampling.max_new_tokens
+        rank = self._balancer.choose(num_tokens, request.data_parallel_rank)
+        state = RequestState(request, rank, num_tokens, self.tokenizer)
+        self._requests[request.request_id] = state
+        seed = request.sampling.sampling_seed
+        self._sequence += 1
+        message = NewRequest(
+            sequence=self._sequence,
+            request_id=request.request_id,
+            input_ids=request.input_ids,
+            sampling=request.sampling,
+            seed=seed if seed is not None else secrets.randbits(63),
+            return_logprob=request.return_logprob,
+            top_logprobs_num=request.top_logprobs_num,
+        )
+        for peer in range(self.dp_size):
+            self._send(peer, message if peer == rank else Wake(self._sequence))
+        return state
+
+    def _check(self, request: GenerationRequest) -> None:
+        validate_sampling_params(request.sampling, self.vocab_size)
+        length, wanted = len(request.input_ids), request.sampling.max_new_tokens
+        if length == 0:
+            raise RequestError("the prompt is empty", "prompt")
+        if length + wanted > self.context_length:
+            raise RequestError(
+                f"the prompt has {length} tokens and max_new_tokens is {wanted}; together they exceed the context "
+                f"length of {self.context_length} tokens",
+                "max_new_tokens" if length < self.context_length else "prompt",
+            )
+        if not all(0 <= token < self.vocab_size for token in request.input_ids):
+            raise RequestError(
+                f"input_ids must be between 0 and {self.vocab_size - 1}, got "
+                f"{next(t for t in request.input_ids if not 0 <= t < self.vocab_size)}",
+                "input_ids",
+            )
+        if request.request_id in self._requests:
+            raise RequestError(f"a request with the id {request.request_id!r} is running already", "rid")
+
+    def _check_capacity(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if self._state != "ready":
+            raise OverloadedError(f"the server is {self._state} and takes no requests")
+        args = self.config.args
+        limit = args.max_running_requests * self.dp_size + args.max_queued_requests
+        if len(self._requests) >= limit:
+            raise OverloadedError(
+                f"{len(self._requests)} requests run or wait, the limit is {limit} "
+                "(--max-running-requests on every rank and --max-queued-requests)"
+            )
+
+    def _forget(self, state: RequestState) -> None:
+        if self._requests.pop(state.request.request_id, None) is not None:
+            self._balancer.release(state.rank, state.num_tokens)
+            if not state.rank_has_finished and self._state != "dead":
+                self._send(state.rank, AbortRequest(state.request.request_id))
+
+    # Messages
+
+    def _socket(self, kind: int) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)
+        return socket
+
+    def _send(self, rank: int, message: ToRank) -> None:
+        # Without a high-water mark a send is taken at once, in order; the future is done when it returns.
+        self._to_ranks[rank].send(self._encoder.encode(message))
+
+    async def _receive(self) -> None:
+        decoder = msgspec.msgpack.Decoder(FromRank)
+        while True:
+            self._handle(decoder.decode(await self._from_ranks.recv()))
+
+    def _handle(self, message: FromRank) -> None:
+        match message:
+            case TokenBatch():
+                for update in message.updates:
+                    state = self._requests.get(update.request_id)
+                    if state is not None:
+                        state.update(update)
+            case RankStage():
+                self._stages[message.rank] = message.stage
+                logger.debug("rank %d: %s", message.rank, message.stage)
+            case RankReady():
+                self._stages[message.rank] = "ready"
+                if len(self._stages) == self.dp_size and set(self._stages.values()) == {"ready"}:
+                    self._ready.set()
+            case RankFailed():
+                self._fail(f"rank {message.rank}: {message.message}")
+
+    def _on_exit(self, rank: int, code: int) -> None:
+        """Called from the supervisor's thread."""
+
+        async def fail() -> None:
+            await asyncio.sleep(0.2)  # the rank may have said why; that message is on its way
+            self._fail(f"rank {rank} ended unexpectedly (exit code {code})")
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            asyncio.run_coroutine_threadsafe(fail(), self._loop)
+
+    def _fail(self, reason: str, notify: bool = True) -> None:
+        if self._death is not None:
+            return
+        self._death, self._state = reason, "dead"
+        self._ready.set()
+        for state in self._requests.values():
+            state.fail(EngineDeadError(reason))
+        if notify:
+            self._on_dead(reason)

@@ -1,0 +1,74 @@
+"""What the engine's process keeps of a running request."""
+
+import asyncio
+
+from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, TokenLogprob
+from nibble.ipc.messages import TokenUpdate
+from nibble.tokenizer.detokenizer import IncrementalDetokenizer
+from nibble.tokenizer.tokenizer import Tokenizer
+
+
+class RequestState:
+    """Collects a request's tokens, turns them into text and finds its stop strings."""
+
+    def __init__(self, request: GenerationRequest, rank: int, num_tokens: int, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.rank = rank
+        self.num_tokens = num_tokens
+        """What the load balancer has booked."""
+        self.rank_has_finished = False
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, request.sampling.stop, request.sampling.skip_special_tokens
+        )
+        self._output_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._finish_reason: FinishReason | None = None
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    def update(self, update: TokenUpdate) -> None:
+        """Takes what the rank produced; nothing more after a stop string has matched."""
+        self.rank_has_finished = update.finish_reason is not None
+        if self._finish_reason is not None:
+            return
+        self._output_ids += update.token_ids
+        self._logprobs += update.logprobs
+        reason = update.finish_reason
+        stopped_by_token = reason is not None and reason.type == "stop"
+        stop = self._detokenizer.append(update.token_ids[:-1] if stopped_by_token else update.token_ids)
+        if reason is not None and stop is None:
+            stop = self._detokenizer.finish()
+        if stop is not None:
+            reason = FinishReason("stop", matched=stop)
+            del self._output_ids[self._detokenizer.num_tokens :]
+            del self._logprobs[self._detokenizer.num_tokens :]
+        self._finish_reason = reason
+        self._news.set()
+
+    def end_aborted(self, message: str) -> None:
+        if self._finish_reason is None:
+            self.rank_has_finished = True
+            self._detokenizer.finish()
+            self._finish_reason = FinishReason("abort", message=message)
+            self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._news.set()
+
+    async def next_output(self) -> GenerationOutput:
+        """The newest snapshot, once there is news. Raises what `fail` was told."""
+        await self._news.wait()
+        self._news.clear()
+        if self._error is not None and self._finish_reason is None:
+            raise self._error
+        return GenerationOutput(
+            request_id=self.request.request_id,
+            text=self._detokenizer.text,
+            output_ids=self._output_ids.copy(),
+            prompt_tokens=len(self.request.input_ids),
+            cached_tokens=0,
+            dp_rank=self.rank,
+            finish_reason=self._finish_reason,
+            logprobs=tuple(self._logprobs) if self.request.return_logprob else None,
+        )

@@ -1,0 +1,83 @@
+"""Starts the rank processes and sees them end."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+import nibble
+from nibble.config.resolve import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+_STOP_SECONDS = 5.0
+
+
+class Supervisor:
+    """One thread per rank starts it and waits for its end; `on_exit(rank, code)` is called from that thread.
+
+    A rank lives no longer than this process: it watches the pipe that is its standard input, and the kernel kills
+    it when the thread that started it ends (so that thread must stay, which is why it does the waiting).
+    """
+
+    def __init__(self, config: EngineConfig, run_dir: Path, on_exit: Callable[[int, int], None]) -> None:
+        self._config_line = msgspec.json.encode(config) + b"\n"
+        self._run_dir = run_dir
+        self._on_exit = on_exit
+        self._stopping = False
+        self._processes: list[subprocess.Popen[bytes] | None] = [None] * config.parallel.world_size
+        self._threads = [
+            threading.Thread(target=self._run, args=(rank,), name=f"rank {rank}", daemon=True)
+            for rank in range(config.parallel.world_size)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends all ranks; returns when none is left. May be called twice."""
+        self._stopping = True
+        for process in self._processes:
+            if process is not None and process.stdin is not None and not process.stdin.closed:
+                process.stdin.close()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(_STOP_SECONDS)
+        for process in self._processes:
+            if process is not None and process.poll() is None:
+                logger.warning("process %d did not end by itself and is killed", process.pid)
+                process.kill()
+                process.wait()
+
+    @property
+    def process_ids(self) -> list[int]:
+        return [process.pid for process in self._processes if process is not None]
+
+    def _run(self, rank: int) -> None:
+        package_root = str(Path(nibble.__file__).parents[1])
+        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "nibble.scheduler.rank_process", str(rank), str(self._run_dir)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal must not reach the ranks before their parent
+            # Threads that wait actively for each other stand in each other's way where cores are shared.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": search_path},
+        )
+        self._processes[rank] = process
+        assert process.stdin is not None
+        try:
+            process.stdin.write(self._config_line)
+            process.stdin.flush()
+            if self._stopping:
+                process.stdin.close()
+        except OSError:
+            pass  # the rank is gone already; its exit code tells
+        code = process.wait()
+        if not self._stopping:
+            self._on_exit(rank, code)

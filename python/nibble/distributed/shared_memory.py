@@ -1,0 +1,380 @@
+"""Collectives between the ranks of one host: data through shared memory, signals through sockets. Linux.
+
+Every rank owns one segment of shared memory made of two halves (a memfd: it has no name, so nothing is left
+behind however a rank dies) and maps those of its peers. Each pair of ranks is joined by a Unix socket that
+carries headers and never data. A collective is one round, or several when a payload is larger than a half:
+
+    write into the own half -> ring every peer -> wait until every peer has rung -> read the peers' halves
+
+No half is overwritten while somebody reads it. Round n uses half n % 2 of every segment, so a rank writes over
+its round n in round n + 2, hence after it finished round n + 1, hence after every peer rang for round n + 1. A
+peer rings for round n + 1 only after it finished round n, its reads included. So one rendezvous a round is
+enough, and a fast rank may write its next round while a slow one still reads the previous.
+
+Memory order: a rank writes before it sends, reads a peer's half after it received, and ends the reads of a round
+before it sends for the next. Both calls take the socket's lock in the kernel, which orders them on every
+architecture.
+
+A header holds the round, the collective and a hash of sizes, widths and dtype. All ranks of a round must send the
+same one, so ranks that are out of step get an error instead of each other's bytes.
+"""
+
+import ctypes
+import errno
+import math
+import mmap
+import os
+import re
+import select
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nibble.distributed.communicator import SUMMABLE_DTYPES, CollectiveError, Communicator, PeerError, sum_in_rank_order
+
+COLLECTIVES = (
+    "barrier", "broadcast", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "all_reduce",
+)  # fmt: skip
+HEADER = struct.Struct("<IIq")  # round, index into COLLECTIVES, hash of what travels
+MAX_MESSAGE = 1024  # bytes: a header, or the text with which a rank that failed says why
+HELLO = struct.Struct("<IIQ")  # rank, world size, buffer_bytes
+
+SPINS = 10
+YIELDS = 200
+"""How often a rank looks for headers keeping its core, and then yielding it, before it sleeps until one comes."""
+
+Regions = Sequence[tuple[int, int]]  # (address, bytes): where the parts of one rank's payload lie in memory
+
+
+class SharedMemoryCommunicator(Communicator):
+    """A group of processes of one user on one host. Sums are those of `sum_in_rank_order`."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        run_dir: Path,
+        name: str,
+        timeout_s: float,
+        buffer_bytes: int = 8 << 20,
+    ) -> None:
+        """Joins the group; returns when every rank has.
+
+        `run_dir` is a directory of this user's with mode 0700; `name` is unique among the groups that use it. A
+        rank waits at most `timeout_s` for the others, here and in every round. `buffer_bytes` is the size of half a
+        segment, of which only what payloads touch takes memory; larger payloads travel in pieces.
+        """
+        super().__init__(rank, world_size, name)
+        if buffer_bytes < 64 * world_size:
+            raise ValueError(f"buffer_bytes must be at least {64 * world_size}, got {buffer_bytes}")
+        self._timeout_s = timeout_s
+        buffer_bytes = -(-buffer_bytes // 64) * 64
+        self._half_bytes = buffer_bytes
+        self._slot_bytes = buffer_bytes // world_size // 64 * 64
+        self._round = 0
+        hello = HELLO.pack(rank, world_size, buffer_bytes)
+        try:
+            self._links, self._segments = _join(rank, world_size, run_dir, name, timeout_s, hello, 2 * buffer_bytes)
+        except (PeerError, ConnectionError) as error:
+            reason = error if isinstance(error, PeerError) else "a peer left while joining"
+            raise CollectiveError(f"joining group {name!r}, rank {rank}: {reason}") from error
+        self._addresses = [_address(segment) for segment in self._segments]
+        # With fewer cores than ranks, a rank that looks keeps a core from the peer that it waits for.
+        has_core = world_size <= len(os.sched_getaffinity(0))
+        self._spins, self._looks = (SPINS, SPINS + YIELDS) if has_core else (0, 0)
+
+    def close(self) -> None:
+        for link in self._links.values():
+            if self._closed_because:  # after a failure; the peers would only see that this rank left
+                with suppress(OSError):
+                    link.send(self._closed_because.encode()[:MAX_MESSAGE])
+            link.close()
+        super().close()
+        self._links = {}
+        self._segments = []  # unmapped with their last view, which the traceback of an error may still hold
+
+    def _all_gatherv(self, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> list[Tensor]:
+        total = sum(sizes)
+        outputs = [tensor.new_empty((total, *tensor.shape[1:])) for tensor in tensors]
+        places = [(output.data_ptr(), output.nbytes // total) for output in outputs]  # address, bytes per row
+        regions = [
+            [(address + start * width, size * width) for address, width in places]
+            for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
+        ]
+        source = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+        widths = tuple([width for _, width in places])
+        for begin in range(0, max(sizes) * sum(widths), self._half_bytes):
+            own, half = self._next_half()
+            _pack(own, source, begin, self._half_bytes)
+            self._ring(hash((sizes, widths)))
+            if begin == 0:
+                for (address, count), (target, _) in zip(source, regions[self.rank], strict=True):
+                    ctypes.memmove(target, address, count)
+            self._wait()
+            for peer in self._links:
+                _unpack(self._addresses[peer] + half, regions[peer], begin, self._half_bytes)
+        return outputs
+
+    def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        # Half a segment holds one slot per rank: what the segment's owner adds to the rows of that rank.
+        slot_bytes, itemsize = self._slot_bytes, x.itemsize
+        width = x.nbytes // x.shape[0]
+        starts = [start * width for start in accumulate(sizes, initial=0)]
+        own_rows = x.view(-1)[starts[self.rank] // itemsize :]
+        output = x.new_empty((sizes[self.rank], *x.shape[1:]))
+        signature = hash((sizes, width, SUMMABLE_DTYPES.index(x.dtype)))
+        for begin in range(0, max(sizes) * width, slot_bytes):
+            own, half = self._next_half()
+            for peer in self._links:
+                count = min(slot_bytes, sizes[peer] * width - begin)
+                if count > 0:
+                    ctypes.memmove(own + peer * slot_bytes, x.data_ptr() + starts[peer] + begin, count)
+            self._ring(signature)
+            self._wait()
+            first, last = begin // itemsize, min(begin + slot_bytes, output.nbytes) // itemsize
+            if first < last:
+                terms = self._slots(half + self.rank * slot_bytes, own_rows[first:last])
+                sum_in_rank_order(terms, output.view(-1)[first:last])
+        return output
+
+    def _slots(self, offset: int, mine: Tensor) -> list[Tensor]:
+        """In rank order, `mine` and what lies at `offset` of the peers' segments, in the same dtype and number."""
+        return [
+            mine
+            if rank == self.rank
+            else torch.frombuffer(segment, dtype=mine.dtype, count=mine.numel(), offset=offset)
+            for rank, segment in enumerate(self._segments)
+        ]
+
+    def _broadcast(self, x: Tensor, src: int) -> None:
+        region = [(x.data_ptr(), x.nbytes)]
+        for begin in range(0, x.nbytes, self._half_bytes):
+            own, half = self._next_half()
+            if self.rank == src:
+                _pack(own, region, begin, self._half_bytes)
+            self._ring(hash((src, x.nbytes)))
+            self._wait()
+            if self.rank != src:
+                _unpack(self._addresses[src] + half, region, begin, self._half_bytes)
+
+    def _barrier(self) -> None:
+        self._next_half()
+        self._ring(0)
+        self._wait()
+
+    def _next_half(self) -> tuple[int, int]:
+        """Starts a round. Returns where to write, and the offset of this round's half in every segment."""
+        self._round = (self._round + 1) & 0xFFFFFFFF
+        half = (self._round & 1) * self._half_bytes
+        return self._addresses[self.rank] + half, half
+
+    def _ring(self, signature: int) -> None:
+        self._header = HEADER.pack(self._round, COLLECTIVES.index(self._collective), signature)
+        try:
+            for link in self._links.values():
+                link.send(self._header)
+        except OSError:
+            raise self._gone() from None
+
+    def _wait(self) -> None:
+        pending = self._silent(self._links)
+        for look in range(self._looks):
+            if not pending:
+                return
+            if look >= self._spins:
+                os.sched_yield()
+            pending = self._silent(pending)
+        deadline = time.monotonic() + self._timeout_s
+        while pending:
+            poll = select.poll()
+            for link in pending.values():
+                poll.register(link, select.POLLIN)
+            if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
+                raise PeerError(f"{_ranks(pending)} did not arrive within {self._timeout_s:g} s")
+            pending = self._silent(pending)
+
+    def _silent(self, links: dict[int, socket.socket]) -> dict[int, socket.socket]:
+        """The peers among `links` that have not rung yet."""
+        return {peer: link for peer, link in links.items() if not self._has_rung(peer, link)}
+
+    def _has_rung(self, peer: int, link: socket.socket) -> bool:
+        try:
+            header = link.recv(MAX_MESSAGE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise self._gone() from None
+        if not header:
+            raise self._gone()
+        if len(header) != HEADER.size:
+            raise PeerError(f"rank {peer} gave up: {header.decode(errors='replace')}")
+        if header != self._header:
+            raise PeerError(_out_of_step(peer, header, self._header))
+        return True
+
+    def _gone(self) -> PeerError:
+        """Names the peers that hung up without a word; if there is none yet, repeats what another one said."""
+        poll = select.poll()
+        for link in self._links.values():
+            poll.register(link, 0)  # reports hang-ups only
+        hung_up = {descriptor for descriptor, _ in poll.poll(0)}
+        words = {peer: _last_words(link) for peer, link in self._links.items() if link.fileno() in hung_up}
+        silent = [peer for peer, text in words.items() if not text]
+        if silent:
+            return PeerError(f"{_ranks(silent)} left the group: the process died or closed it")
+        peer, text = next(iter(words.items()))
+        return PeerError(f"rank {peer} gave up: {text}")
+
+
+def _last_words(link: socket.socket) -> str:
+    """What a peer that hung up said after its last headers, if anything."""
+    for _ in range(4):  # at most an error, two headers and the words
+        with suppress(ConnectionError):  # reported once, ahead of what can still be read
+            message = link.recv(MAX_MESSAGE)
+            if len(message) != HEADER.size:
+                return message.decode(errors="replace")
+    return ""
+
+
+def _pack(target: int, source: Regions, begin: int, limit: int) -> None:
+    """Copies bytes `[begin, begin + limit)` of the joined source regions to `target`."""
+    for address, at, count in _pieces(source, begin, limit):
+        ctypes.memmove(target + at, address, count)
+
+
+def _unpack(source: int, target: Regions, begin: int, limit: int) -> None:
+    """Copies from `source` to bytes `[begin, begin + limit)` of the joined target regions."""
+    for address, at, count in _pieces(target, begin, limit):
+        ctypes.memmove(address, source + at, count)
+
+
+def _pieces(regions: Regions, begin: int, limit: int) -> Iterable[tuple[int, int, int]]:
+    """The parts of joined regions that lie in `[begin, begin + limit)`: (address, distance from begin, bytes)."""
+    position = -begin
+    for address, count in regions:
+        skip, end = max(0, -position), min(count, limit - position)
+        if skip < end:
+            yield address + skip, position + skip, end - skip
+        position += count
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    *others, last = map(str, sorted(ranks))
+    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
+
+
+def _out_of_step(peer: int, theirs: bytes, ours: bytes) -> str:
+    their_round, their_collective, _ = HEADER.unpack(theirs)
+    our_round, our_collective, _ = HEADER.unpack(ours)
+    if (their_round, their_collective) == (our_round, our_collective):
+        return f"rank {peer} entered with other sizes, shapes or dtypes than this rank"
+    return (
+        f"rank {peer} is in round {their_round}, {COLLECTIVES[their_collective]}, and this rank in round "
+        f"{our_round}, {COLLECTIVES[our_collective]}: all ranks must enter the same collectives in the same order"
+    )
+
+
+def _address(segment: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(segment))
+
+
+def _join(
+    rank: int, world_size: int, run_dir: Path, name: str, timeout_s: float, hello: bytes, segment_bytes: int
+) -> tuple[dict[int, socket.socket], list[mmap.mmap]]:
+    """Meets the peers. Returns the sockets by peer and the segments of all ranks.
+
+    Each rank listens on `run_dir/name.rank` for the higher ranks and dials the lower ones; both sides say hello
+    and pass their segment's descriptor. The socket's file is removed once this rank has met all others.
+    """
+    _check_private(run_dir)
+    if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
+        raise ValueError(f"a group's name is 1 to 64 letters, digits, '_', '-' and '.', got {name!r}")
+    deadline = time.monotonic() + timeout_s
+    with ExitStack() as cleanup, ExitStack() as on_failure, selectors.DefaultSelector() as selector:
+        # Through the directory's descriptor, because a socket's path is limited to 107 bytes.
+        directory = os.open(run_dir, os.O_DIRECTORY)
+        cleanup.callback(os.close, directory)
+        path = f"/proc/self/fd/{directory}/{name}."
+        listener = cleanup.enter_context(_listen(f"{path}{rank}", run_dir))
+        cleanup.callback(os.unlink, f"{path}{rank}")
+        selector.register(listener, selectors.EVENT_READ, listener)
+        own = os.memfd_create(f"{name}.{rank}")
+        cleanup.callback(os.close, own)
+        os.ftruncate(own, segment_bytes)
+
+        links: dict[int, socket.socket] = {}
+        segments = {rank: mmap.mmap(own, segment_bytes)}
+        to_dial = set(range(rank))
+        while len(segments) < world_size:
+            connected = {peer: _dial(f"{path}{peer}") for peer in to_dial}
+            new_links = [link for link in connected.values() if link]
+            to_dial = {peer for peer, link in connected.items() if not link}
+            for key, _ in selector.select(timeout=0.005):
+                if key.data is listener:
+                    new_links.append(listener.accept()[0])
+                else:
+                    selector.unregister(key.data)
+                    peer, segments[peer] = _greet(key.data, hello, segment_bytes)
+                    links[peer] = key.data
+            for link in new_links:
+                on_failure.enter_context(link).setblocking(False)
+                socket.send_fds(link, [hello], [own])
+                selector.register(link, selectors.EVENT_READ, link)
+            if time.monotonic() > deadline:
+                absent = set(range(world_size)) - set(segments)
+                raise PeerError(f"{_ranks(absent)} did not arrive within {timeout_s:g} s")
+        on_failure.pop_all()
+    return dict(sorted(links.items())), [segments[peer] for peer in range(world_size)]
+
+
+def _check_private(run_dir: Path) -> None:
+    status = run_dir.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ValueError(f"run_dir must be a directory of this user's with mode 0700, got {run_dir}")
+
+
+def _listen(path: str, run_dir: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        used = run_dir / Path(path).name
+        raise PeerError(f"{used} exists; give every group its own name and every run its own run_dir") from None
+    listener.listen(socket.SOMAXCONN)
+    return listener
+
+
+def _dial(path: str) -> socket.socket | None:
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        link.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError):  # the peer is not there yet, or does not listen yet
+        link.close()
+        return None
+    return link
+
+
+def _greet(link: socket.socket, hello: bytes, segment_bytes: int) -> tuple[int, mmap.mmap]:
+    """Receives a peer's hello and its segment."""
+    theirs, descriptors, _, _ = socket.recv_fds(link, HELLO.size, 1)
+    if not theirs:
+        raise ConnectionResetError
+    try:
+        peer, *shape = HELLO.unpack(theirs)
+        _, *expected = HELLO.unpack(hello)
+        if shape != expected:
+            raise PeerError(f"rank {peer} has (world_size, buffer_bytes) {shape}, expected {expected}")
+        return peer, mmap.mmap(descriptors[0], segment_bytes)
+    finally:
+        os.close(descriptors[0])

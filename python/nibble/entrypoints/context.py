@@ -1,0 +1,22 @@
+"""What the routes of one app share."""
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from nibble.entrypoints.engine_protocol import EngineClient
+from nibble.entrypoints.prompts import PromptEncoder
+from nibble.entrypoints.running_requests import RunningRequests
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    engine: EngineClient
+    prompts: PromptEncoder
+    running: RunningRequests
+
+
+def context_of(request: Request) -> ServerContext:
+    context = request.app.state.context
+    assert isinstance(context, ServerContext)
+    return context

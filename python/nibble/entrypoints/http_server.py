@@ -1,0 +1,45 @@
+"""The HTTP application: OpenAI's and SGLang's routes over one engine."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from nibble.entrypoints import native_routes, openai_chat, openai_completions, openai_models, server_routes
+from nibble.entrypoints.api_key import ApiKeyMiddleware
+from nibble.entrypoints.context import ServerContext
+from nibble.entrypoints.engine_protocol import EngineClient
+from nibble.entrypoints.errors import ErrorResponse, install_error_handlers
+from nibble.entrypoints.prompts import PromptEncoder
+from nibble.entrypoints.running_requests import RunningRequests
+
+MAX_REQUEST_BYTES = 16 * 2**20
+
+
+def create_app(
+    engine: EngineClient, *, api_key: str | None = None, max_request_bytes: int = MAX_REQUEST_BYTES
+) -> FastAPI:
+    """The app. With an `api_key`, every route but `/health` and `/ready` needs it as a bearer token."""
+    prompts = PromptEncoder(engine.tokenizer)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        prompts.close()
+
+    app = FastAPI(
+        title="Nibble",
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        responses={"default": {"model": ErrorResponse, "description": "What went wrong"}},
+    )
+    app.state.context = ServerContext(engine, prompts, RunningRequests(engine))
+    app.state.max_request_bytes = max_request_bytes
+    install_error_handlers(app)
+    for module in (openai_models, openai_completions, openai_chat, native_routes, server_routes):
+        app.include_router(module.router)
+    if api_key is not None:
+        app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    return app

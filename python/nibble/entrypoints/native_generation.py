@@ -1,0 +1,104 @@
+"""What `/generate` does, for HTTP and for programs alike."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any
+
+from nibble.entrypoints.choices import (
+    Choice,
+    GenerationOptions,
+    check_num_generations,
+    choices_of_prompt,
+    resolve_max_new_tokens,
+)
+from nibble.entrypoints.context import ServerContext
+from nibble.entrypoints.logprobs import native_logprobs, native_top_logprobs
+from nibble.entrypoints.native_protocol import GenerateRequest
+from nibble.generation import GenerationOutput
+
+DEFAULT_MAX_NEW_TOKENS = 128
+
+
+class NativeGeneration:
+    """Runs one validated `/generate` request; its snapshots are the dicts that SGLang's clients read."""
+
+    def __init__(self, body: GenerateRequest, context: ServerContext) -> None:
+        self._body = body
+        self._context = context
+        self._received_at = time.monotonic()
+
+    async def choices(self) -> list[Choice]:
+        """The generations to run, `n` for each prompt."""
+        body, engine = self._body, self._context.engine
+        prompts = body.prompts()
+        params = [body.sampling_of(index) for index in range(len(prompts))]
+        check_num_generations(sum(max(param.n, 1) for param in params))
+        options = GenerationOptions(body.data_parallel_rank, body.return_logprob, body.top_logprobs_num)
+        shared_id = body.rid if isinstance(body.rid, str) else uuid.uuid4().hex
+        field = "text" if body.input_ids is None else "input_ids"
+        choices: list[Choice] = []
+        encoded = await self._context.prompts.encode(prompts)
+        for index, (input_ids, param) in enumerate(zip(encoded, params, strict=True)):
+            limit = resolve_max_new_tokens(
+                param.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, len(input_ids), engine.context_length, "max_new_tokens"
+            )
+            if isinstance(body.rid, list):
+                client_id = prompt_id = body.rid[index]
+            else:
+                client_id, prompt_id = shared_id, f"{shared_id}-{index}" if len(prompts) > 1 else shared_id
+            sampling = param.sampling_params(limit)
+            choices += choices_of_prompt(engine, client_id, prompt_id, input_ids, sampling, options, field)
+        return choices
+
+    def _is_list(self, choices: Sequence[Choice]) -> bool:
+        return self._body.is_batch or len(choices) > 1
+
+    async def response(self, choices: Sequence[Choice]) -> dict[str, Any] | list[dict[str, Any]]:
+        """The whole response."""
+        outputs = await self._context.running.collect(choices)
+        formatted = [_NativeOutput(self._body, self._context, self._received_at).format(output) for output in outputs]
+        return formatted if self._is_list(choices) else formatted[0]
+
+    async def snapshots(self, choices: Sequence[Choice]) -> AsyncGenerator[dict[str, Any], None]:
+        """Everything generated so far, again and again; in a list each says which `index` it is of."""
+        outputs = [_NativeOutput(self._body, self._context, self._received_at) for _ in choices]
+        async with aclosing(self._context.running.stream(choices)) as stream:
+            async for i, output in stream:
+                content = outputs[i].format(output)
+                yield {**content, "index": i} if self._is_list(choices) else content
+
+
+class _NativeOutput:
+    """Formats the snapshots of one generation; what is cumulative is only extended."""
+
+    def __init__(self, body: GenerateRequest, context: ServerContext, received_at: float) -> None:
+        self._body = body
+        self._tokenizer = context.engine.tokenizer if body.return_text_in_logprobs else None
+        self._received_at = received_at
+        self._logprobs: list[list[Any]] = []
+        self._top_logprobs: list[list[list[Any]]] = []
+
+    def format(self, output: GenerationOutput) -> dict[str, Any]:
+        reason = output.finish_reason
+        meta_info: dict[str, Any] = {
+            "id": output.request_id,
+            "finish_reason": None,
+            "prompt_tokens": output.prompt_tokens,
+            "completion_tokens": output.completion_tokens,
+            "cached_tokens": output.cached_tokens,
+            "dp_rank": output.dp_rank,
+            "e2e_latency": time.monotonic() - self._received_at,
+        }
+        if reason is not None:
+            meta_info["finish_reason"] = {name: value for name, value in asdict(reason).items() if value is not None}
+        if self._body.return_logprob:
+            new = (output.logprobs or ())[len(self._logprobs) :]
+            self._logprobs += native_logprobs(self._tokenizer, new)
+            meta_info["output_token_logprobs"] = self._logprobs
+            if self._body.top_logprobs_num:
+                self._top_logprobs += native_top_logprobs(self._tokenizer, new)
+                meta_info["output_top_logprobs"] = self._top_logprobs
+        return {"text": output.text, "output_ids": output.output_ids, "meta_info": meta_info}

@@ -1,0 +1,136 @@
+"""Request bodies of the OpenAI routes."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from nibble.entrypoints.logprobs import MAX_TOP_LOGPROBS
+from nibble.entrypoints.request_model import AnyPrompts, FailFastList, RequestModel, SamplingFields, at_most
+from nibble.sampling_params import SamplingParams
+from nibble.utils.errors import RequestError
+
+MAX_MESSAGES = 4096
+MAX_TEMPLATE_VARIABLES = 64
+
+# The smallest and largest of the 64-bit integers that seeds are.
+_MIN_SEED, _MAX_SEED = -(2**63), 2**63 - 1
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool = Field(default=False, description="Send a last chunk with the usage and no choices.")
+
+
+class OpenAISampling(SamplingFields):
+    """What completions and chat completions share."""
+
+    neutral_values: ClassVar = {
+        "response_format": ({"type": "text"},),
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+    }
+    bookkeeping_fields: ClassVar = frozenset(
+        {
+            "metadata",
+            "parallel_tool_calls",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "user",
+        }
+    )
+
+    model: str = Field(default="", description="Any name is served by the one model there is.")
+    min_tokens: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=_MIN_SEED, le=_MAX_SEED)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    data_parallel_rank: int | None = Field(
+        default=None, description="The DP rank to run on; null leaves it to the balancer."
+    )
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "OpenAISampling":
+        if self.stream_options.include_usage and not self.stream:
+            raise RequestError("stream_options.include_usage needs stream to be true", "stream_options")
+        return self
+
+    def sampling_params(self, max_new_tokens: int) -> SamplingParams:
+        """The request's sampling. Raises RequestError when `min_tokens` exceeds the tokens there may be."""
+        if self.min_tokens > max_new_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed the tokens to generate ({max_new_tokens})",
+                "min_tokens",
+            )
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=self.min_tokens,
+            sampling_seed=self.seed,
+            **self.shared_sampling(),
+        )
+
+
+class CompletionRequest(OpenAISampling):
+    """`POST /v1/completions`."""
+
+    prompt: AnyPrompts
+    max_tokens: int | None = Field(default=None, ge=1, description="16 unless given.")
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool = Field(default=False, description="Begin the text with the prompt.")
+    best_of: int | None = Field(default=None, description="Accepted when it equals n.")
+
+    @model_validator(mode="after")
+    def _features_fit_together(self) -> "CompletionRequest":
+        if self.best_of not in (None, self.n):
+            raise RequestError(f"best_of ({self.best_of}) other than n ({self.n}) is not supported", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo with logprobs is not supported: prompts have no logprobs here", "echo")
+        return self
+
+
+class TextPart(RequestModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(RequestModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | FailFastList[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates expect it: text parts joined by newlines, "developer" as "system"."""
+        parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": parts}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+TemplateVariables = Annotated[
+    dict[str, bool | int | float | str], at_most(MAX_TEMPLATE_VARIABLES, "chat_template_kwargs")
+]
+
+
+class ChatCompletionRequest(OpenAISampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="The rest of the context unless given.")
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    chat_template_kwargs: TemplateVariables = Field(
+        default={}, description="Variables for the model's chat template, for example enable_thinking."
+    )
+
+    @model_validator(mode="after")
+    def _features_fit_together(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise RequestError(
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) disagree;"
+                " send one of them",
+                "max_tokens",
+            )
+        return self

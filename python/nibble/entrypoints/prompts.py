@@ -1,0 +1,67 @@
+"""Text to token ids and back for requests, without keeping the event loop from serving streams."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from nibble.tokenizer.tokenizer import Tokenizer
+from nibble.utils.errors import RequestError
+
+T = TypeVar("T")
+
+TEMPLATE_TIMEOUT_S = 10.0
+_SHORT_TEXT = 4096  # characters or tokens; they take about a millisecond, so that a thread is not worth it
+_MESSAGE_OVERHEAD = 64  # characters that a template adds to each message, about
+_NUM_THREADS = 2
+
+
+class PromptEncoder:
+    """Works on what is short on the event loop, and on what is long on a few threads of its own."""
+
+    def __init__(self, tokenizer: Tokenizer, template_timeout_s: float = TEMPLATE_TIMEOUT_S) -> None:
+        self._tokenizer = tokenizer
+        self._template_timeout_s = template_timeout_s
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompt-encoder")
+
+    async def encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of texts, see `Tokenizer.encode`; prompts that are token ids already stay as they are."""
+
+        def encode_all() -> list[list[int]]:
+            return [
+                self._tokenizer.encode(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+
+        return await self._run(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode_all)
+
+    async def decode(self, token_lists: Sequence[list[int]], skip_special_tokens: bool) -> list[str]:
+        """Texts of lists of token ids; see `Tokenizer.decode`."""
+
+        def decode_all() -> list[str]:
+            return [self._tokenizer.decode(token_ids, skip_special_tokens) for token_ids in token_lists]
+
+        return await self._run(sum(map(len, token_lists)), decode_all)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[int]:
+        """Token ids of a conversation; see `Tokenizer.apply_chat_template`.
+
+        Raises RequestError when it takes longer than the time limit.
+        """
+        size = sum(len(message["content"]) + _MESSAGE_OVERHEAD for message in messages)
+        encoding = self._run(size, lambda: self._tokenizer.apply_chat_template(messages, variables))
+        try:
+            return await asyncio.wait_for(encoding, self._template_timeout_s)
+        except TimeoutError:
+            raise RequestError(
+                f"rendering the chat template took longer than {self._template_timeout_s:g} s; send shorter messages",
+                "messages",
+            ) from None
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, size: int, work: Callable[[], T]) -> T:
+        if size <= _SHORT_TEXT:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

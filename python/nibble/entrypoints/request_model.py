@@ -1,0 +1,141 @@
+"""The base of all request bodies: strict types, null for the default, and nothing accepted and ignored."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from nibble.sampling_params import MAX_LOGIT_BIAS
+from nibble.utils.errors import RequestError
+
+MAX_PROMPTS = 1024
+_MAX_INT32 = 2**31 - 1
+
+T = TypeVar("T")
+
+# Pydantic writes down every error that it finds, and there may be millions of elements: lists stop at their first
+# error, and objects are measured before they are looked into.
+FailFastList = Annotated[list[T], Field(fail_fast=True)]
+TokenIds = FailFastList[int]
+PerPrompt = Annotated[list[T], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+
+
+def at_most(limit: int, field: str) -> BeforeValidator:
+    """Refuses objects with more entries than `limit`; `field` is what they are called."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise RequestError(f"{field} takes at most {limit} entries, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _prompt_shape(value: Any) -> str | None:
+    """Which way of writing prompts a value follows, by its first element."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list):
+        return None
+    if value and isinstance(value[0], str | list):
+        return "texts" if isinstance(value[0], str) else "token lists"
+    return "tokens"
+
+
+def _shaped_like(description: str) -> Discriminator:
+    return Discriminator(
+        _prompt_shape, custom_error_type="prompt_shape", custom_error_message=f"Input should be {description}"
+    )
+
+
+Text = Annotated[str, Tag("text")]
+Texts = Annotated[PerPrompt[str], Tag("texts")]
+Tokens = Annotated[TokenIds, Tag("tokens")]
+TokenLists = Annotated[PerPrompt[TokenIds], Tag("token lists")]
+TextPrompts = Annotated[Text | Texts, _shaped_like("a text or a list of texts")]
+TokenPrompts = Annotated[Tokens | TokenLists, _shaped_like("token ids or a list of lists of token ids")]
+AnyPrompts = Annotated[
+    Text | Texts | Tokens | TokenLists,
+    _shaped_like("a text, a list of texts, token ids or a list of lists of token ids"),
+]
+
+
+def is_prompt_list(prompts: Any) -> bool:
+    """Whether these are several prompts (if only one in a list), as opposed to one text or its token ids."""
+    return _prompt_shape(prompts) in ("texts", "token lists")
+
+
+def prompt_list(prompts: Any) -> list[str | list[int]]:
+    """Prompts as a list, however they were written."""
+    return list(prompts) if is_prompt_list(prompts) else [prompts]
+
+
+class RequestModel(BaseModel):
+    """A JSON object from a client. `null` means a field's default.
+
+    A field that this server does not know is refused by its name, unless its value asks for nothing: null, false
+    or empty, or one of `neutral_values`. `bookkeeping_fields` are accepted with any value, because they are notes
+    of the client's that by definition change nothing about the answer.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    bookkeeping_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_is_served(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        served = {}
+        for name, value in content.items():
+            if name in cls.model_fields:
+                if value is not None:
+                    served[name] = value
+            elif name not in cls.bookkeeping_fields and not cls._asks_for_nothing(name, value):
+                raise RequestError(f"{name[:64]} is not supported by this server; leave it out", name[:64])
+        return served
+
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        empty = value is None or value is False or (isinstance(value, str | list | dict) and not value)
+        return empty or value in cls.neutral_values.get(name, ())
+
+
+def _token_keys(value: Any) -> Any:
+    """JSON's keys are strings; these must be token ids."""
+    if not isinstance(value, dict):
+        return value
+    for key in value:
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise RequestError(f"logit_bias takes token ids as keys, got {key[:64]!r}")
+    return {int(key): bias for key, bias in value.items()}
+
+
+LogitBias = Annotated[dict[int, float], BeforeValidator(_token_keys), at_most(MAX_LOGIT_BIAS, "logit_bias")]
+
+
+class SamplingFields(RequestModel):
+    """The sampling fields that the native and the OpenAI routes spell the same way."""
+
+    temperature: float = Field(default=1.0, description="0 takes the likeliest token each time.")
+    top_p: float = 1.0
+    top_k: int = Field(default=-1, le=_MAX_INT32, description="-1 keeps every token.")
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: LogitBias = Field(default={}, description="Added to the logits, by token id.")
+    stop: str | FailFastList[str] = Field(default=[], description="Strings that end the text; they are not part of it.")
+    stop_token_ids: TokenIds = []
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    n: int = Field(default=1, description="Choices for each prompt. Choice i is sampled with the seed plus i.")
+
+    def shared_sampling(self) -> dict[str, Any]:
+        """These fields as arguments of `SamplingParams`."""
+        fields = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        fields["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        fields["stop_token_ids"] = tuple(self.stop_token_ids)
+        return fields

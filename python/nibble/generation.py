@@ -1,0 +1,60 @@
+"""What goes into the engine and what comes out of it, one request at a time."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nibble.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt, tokenized, to be continued once (`sampling.n` is expanded by the caller)."""
+
+    request_id: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    data_parallel_rank: int | None = None
+    """The DP rank to run on; None leaves the choice to the load balancer."""
+    return_logprob: bool = False
+    top_logprobs_num: int = 0
+
+
+@dataclass(frozen=True)
+class FinishReason:
+    """Why a generation ended, as SGLang reports it."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None
+    """For "stop": the token id or the stop string that matched."""
+    length: int | None = None
+    """For "length": the number of tokens generated."""
+    message: str | None = None
+    """For "abort": what happened."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log-probability of one generated token, and of the likeliest tokens at its position, best first."""
+
+    logprob: float
+    token_id: int
+    top: tuple[tuple[float, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """A snapshot of one request. `text`, `output_ids` and `logprobs` are cumulative; the last one is finished."""
+
+    request_id: str
+    text: str
+    output_ids: list[int]
+    prompt_tokens: int
+    cached_tokens: int
+    dp_rank: int
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry per generated token when the request asked for logprobs."""
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.output_ids)

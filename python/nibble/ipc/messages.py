@@ -1,0 +1,76 @@
+"""What the processes of the engine say to each other: msgpack over sockets in a private directory."""
+
+from pathlib import Path
+
+import msgspec
+
+from nibble.generation import FinishReason, TokenLogprob
+from nibble.sampling_params import SamplingParams
+
+
+class NewRequest(msgspec.Struct, frozen=True, tag=True):
+    """To the rank that shall run a request. `sequence` numbers the messages that bring work, over all ranks."""
+
+    sequence: int
+    request_id: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    return_logprob: bool
+    top_logprobs_num: int
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """To every other rank: the message `sequence` brought work to one of you."""
+
+    sequence: int
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class RankStage(msgspec.Struct, frozen=True, tag=True):
+    """What a starting rank is doing, so that a start that hangs can say where."""
+
+    rank: int
+    stage: str
+
+
+class RankReady(msgspec.Struct, frozen=True, tag=True):
+    rank: int
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag=True):
+    """A rank can't go on, for a reason that the user can understand."""
+
+    rank: int
+    message: str
+
+
+class TokenUpdate(msgspec.Struct, frozen=True):
+    """News of one request: tokens since the last update, and how it ended if it did."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: list[TokenLogprob]
+
+
+class TokenBatch(msgspec.Struct, frozen=True, tag=True):
+    """What one step of one rank produced."""
+
+    rank: int
+    updates: list[TokenUpdate]
+
+
+ToRank = NewRequest | Wake | AbortRequest
+FromRank = RankStage | RankReady | RankFailed | TokenBatch
+
+
+def rank_address(run_dir: Path, rank: int) -> str:
+    return f"ipc://{run_dir}/rank{rank}"
+
+
+def engine_address(run_dir: Path) -> str:
+    return f"ipc://{run_dir}/engine"

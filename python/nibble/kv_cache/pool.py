@@ -1,0 +1,32 @@
+"""The memory of the paged KV cache."""
+
+from collections.abc import Iterable
+
+import torch
+
+from nibble.config.model_config import ModelConfig
+
+
+class KvCachePool:
+    """Keys and values of all layers, `[num_pages, page_size, kv_heads, head_dim]` each.
+
+    A token's slot is `page * page_size + offset`. Pages start as zeros and always hold finite numbers: attention
+    multiplies masked slots by zero, and zero times NaN would reach whoever uses the page next.
+    """
+
+    def __init__(self, model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
+        shape = (num_pages, page_size, model.num_kv_heads, model.head_dim)
+        self.page_size = page_size
+        self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(model.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype) for _ in range(model.num_layers)]
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores `[T, kv_heads, head_dim]` at `slots [T]`."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+
+    def clear(self, pages: Iterable[int]) -> None:
+        """Zeroes pages that may hold NaN."""
+        index = torch.tensor(list(pages), dtype=torch.int64)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_fill_(0, index, 0)

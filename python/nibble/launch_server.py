@@ -1,0 +1,130 @@
+"""The command: `python -m nibble.launch_server --model-path …`."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import setproctitle
+import uvicorn
+import uvloop
+
+from nibble.config.resolve import EngineConfig, resolve
+from nibble.config.server_args import ServerArgs, parse_server_args
+from nibble.controller.async_engine import AsyncEngine
+from nibble.entrypoints.http_server import create_app
+from nibble.observability.logging import configure_logging
+from nibble.utils.errors import ConfigError, EngineDeadError
+
+logger = logging.getLogger("nibble")
+
+_CLOSE_SECONDS = 5
+"""What open connections get to be closed in once nothing runs any more."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serves until a signal ends it. Exit code 0 then; 1 if it can't start or a process of the engine dies."""
+    args = parse_server_args(argv)
+    configure_logging(args.log_level, "server")
+    setproctitle.setproctitle("nibble server")
+    try:
+        config = resolve(args)
+        for line in config.decisions():
+            logger.info(line)
+        listener = _listen(args)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(uvloop.run(_serve(config, listener)))
+
+
+def _listen(args: ServerArgs) -> socket.socket:
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((args.host, args.port))
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen on {args.host} port {args.port}: {error.strerror}; choose another with --host and --port"
+        ) from error
+    return listener
+
+
+class _HttpServer(uvicorn.Server):
+    """Leaves signals to this module, which drains the engine before it stops the server."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(config: EngineConfig, listener: socket.socket) -> int:
+    started = time.monotonic()
+    args = config.args
+
+    def on_dead(reason: str) -> None:
+        logger.error("the engine died: %s", reason)
+        server.should_exit = True
+
+    engine = AsyncEngine(config, on_dead)
+    app = create_app(engine, api_key=args.api_key, max_request_bytes=args.max_request_bytes)
+    server = _HttpServer(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+        )
+    )
+    stop = asyncio.create_task(_stop_on_signal(engine, server, args.drain_timeout))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(engine.start())
+    try:
+        await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            host, port = listener.getsockname()[:2]
+            logger.info(
+                "ready after %.1f s: http://%s:%d serves %s on %d ranks, FP4 all-gather %s",
+                time.monotonic() - started,
+                f"[{host}]" if ":" in host else host,
+                port,
+                engine.served_model_name,
+                config.parallel.world_size,
+                "on" if config.fp4_allgather.enabled else "off",
+            )
+        await serving
+    except (ConfigError, EngineDeadError) as error:
+        logger.error("%s", error)
+        server.should_exit = True
+        await serving
+        return 1
+    finally:
+        died = engine.state() == "dead"
+        starting.cancel()
+        stop.cancel()
+        await engine.stop()
+    return 1 if died else 0
+
+
+async def _stop_on_signal(engine: AsyncEngine, server: uvicorn.Server, drain_timeout: float) -> None:
+    """First SIGINT or SIGTERM: finish what runs, then stop. A second one: stop now."""
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
+    received = await signals.get()
+    logger.info("%s: finishing what runs, at most %g s; once more to stop at once", received.name, drain_timeout)
+    if engine.state() == "ready":
+        draining = asyncio.create_task(engine.drain(drain_timeout))
+        second = asyncio.create_task(signals.get())
+        await asyncio.wait([draining, second], return_when=asyncio.FIRST_COMPLETED)
+        server.force_exit = second.done()
+    server.should_exit = True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Paged attention in torch: the CPU backend, and the reference for the others."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nibble.kv_cache.pool import KvCachePool
+from nibble.layers.attention.backend import AttentionBatch
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """Sequences of equal query length, attended to in one call. B sequences of Q queries over L slots."""
+
+    first_row: int
+    query_len: int
+    pages: torch.Tensor  # [B, P]
+    seq_lens: torch.Tensor  # [B]
+    mask: torch.Tensor  # [B, 1, G * Q, L] or [B, 1, 1, L], True where a query may look
+
+
+class TorchAttentionBackend:
+    """Gathers each sequence's pages and calls scaled_dot_product_attention."""
+
+    def __init__(self, pool: KvCachePool, num_heads: int, num_kv_heads: int) -> None:
+        self.pool = pool
+        self.heads_per_kv_head = num_heads // num_kv_heads
+
+    def plan(self, batch: AttentionBatch) -> "TorchAttentionStep":
+        return TorchAttentionStep(self, *self.plan_groups(batch))
+
+    def plan_groups(self, batch: AttentionBatch) -> tuple[torch.Tensor, list[SequenceGroup]]:
+        """The slots of the new tokens, and the groups: leading sequences with one query (decode) form one, every
+        other sequence its own.
+        """
+        count = len(batch.query_lens)
+        decode = next((i for i, length in enumerate(batch.query_lens) if length != 1), count)
+        groups = [self._group(batch, 0, range(decode))] if decode else []
+        row = decode
+        for index in range(decode, count):
+            groups.append(self._group(batch, row, range(index, index + 1)))
+            row += batch.query_lens[index]
+        return self._slots(batch), groups
+
+    def _slots(self, batch: AttentionBatch) -> torch.Tensor:
+        """Where the new tokens of each sequence go. [T]"""
+        slots = []
+        for query_len, seq_len, table in zip(batch.query_lens, batch.seq_lens, batch.page_tables, strict=True):
+            positions = np.arange(seq_len - query_len, seq_len)
+            page = np.asarray(table)[positions // self.pool.page_size]
+            slots.append(page * self.pool.page_size + positions % self.pool.page_size)
+        return torch.from_numpy(np.concatenate(slots))
+
+    def _group(self, batch: AttentionBatch, first_row: int, members: range) -> SequenceGroup:
+        query_len = batch.query_lens[members.start]
+        seq_lens = np.array([batch.seq_lens[i] for i in members])
+        width = math.ceil(int(seq_lens.max()) / self.pool.page_size)
+        pages = np.zeros((len(members), width), dtype=np.int64)
+        for row, index in enumerate(members):
+            table = batch.page_tables[index][:width]
+            pages[row, : len(table)] = table
+        slots = np.arange(width * self.pool.page_size)
+        # Query j of a sequence is its token seq_len - query_len + j.
+        last = seq_lens[:, None] - query_len + np.arange(query_len)  # [B, Q]
+        mask = slots <= last[:, :, None]  # [B, Q, L]
+        if query_len > 1:
+            mask = np.tile(mask, (1, self.heads_per_kv_head, 1))
+        return SequenceGroup(
+            first_row,
+            query_len,
+            torch.from_numpy(pages),
+            torch.from_numpy(seq_lens),
+            torch.from_numpy(mask[:, None]),
+        )
+
+
+class TorchAttentionStep:
+    def __init__(self, backend: TorchAttentionBackend, slots: torch.Tensor, groups: list[SequenceGroup]) -> None:
+        self.pool = backend.pool
+        self.slots = slots
+        self.groups = groups
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.pool.write(layer, self.slots, k, v)
+        outputs = [self.attend(layer, group, q) for group in self.groups]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend(self, layer: int, group: SequenceGroup, q: torch.Tensor) -> torch.Tensor:
+        sequences, queries = group.pages.shape[0], group.query_len
+        rows = q[group.first_row : group.first_row + sequences * queries]
+        keys, values = (
+            cache[layer].index_select(0, group.pages.flatten()).unflatten(0, group.pages.shape)
+            for cache in (self.pool.keys, self.pool.values)
+        )  # [B, P, page_size, kv_heads, D]
+        kv_heads, size = keys.shape[-2:]
+        # The heads that share a key head become queries of it: nothing is repeated.
+        grouped = rows.view(sequences, queries, kv_heads, -1, size).permute(0, 2, 3, 1, 4)
+        out = F.scaled_dot_product_attention(
+            grouped.flatten(2, 3),  # [B, kv_heads, G * Q, D]
+            keys.flatten(1, 2).transpose(1, 2),  # [B, kv_heads, L, D]
+            values.flatten(1, 2).transpose(1, 2),
+            attn_mask=group.mask,
+        )
+        out = out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4)  # [B, Q, kv_heads, G, D]
+        return out.reshape(sequences * queries, -1)

@@ -1,0 +1,23 @@
+"""Root-mean-square normalization."""
+
+import torch
+
+from nibble.config.resolve import EngineConfig
+from nibble.kernels.select import select_kernels
+from nibble.layers.weights import WeightTarget, float_target
+from nibble.utils.dtypes import torch_dtype
+
+
+class RMSNorm:
+    """Over the last dimension, of `size`; see `kernels.torch.norm.rms_norm`."""
+
+    def __init__(self, config: EngineConfig, size: int) -> None:
+        self.weight = torch.empty(size, dtype=torch_dtype(config.dtype))
+        self.eps = config.model.rms_norm_eps
+        self.kernel = select_kernels(config.cpu_kernels, config.moe_kernel).rms_norm
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernel(x, self.weight, self.eps)
+
+    def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
+        return {f"{prefix}.weight": float_target(self.weight, mean=1.0)}

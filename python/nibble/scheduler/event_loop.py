@@ -1,0 +1,121 @@
+"""The loop of one rank: receive, schedule, agree with the other ranks, run the model, send tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from nibble.generation import FinishReason
+from nibble.ipc.messages import AbortRequest, NewRequest, TokenBatch, TokenUpdate, ToRank, Wake
+from nibble.layers.attention.backend import AttentionBatch
+from nibble.model_executor.forward_batch import ForwardBatch
+from nibble.model_executor.model_runner import ModelRunner
+from nibble.model_executor.sampler import SampledToken, Sampler, SamplingRow
+from nibble.scheduler.dp_sync import DpSync
+from nibble.scheduler.request import Request
+from nibble.scheduler.scheduler import ScheduledRequest, Scheduler
+
+
+class Inbox(Protocol):
+    def receive(self, wait: bool) -> list[ToRank]:
+        """All messages that have arrived; with `wait`, at least one."""
+        ...
+
+
+class EventLoop:
+    def __init__(
+        self,
+        rank: int,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        sampler: Sampler,
+        dp_sync: DpSync,
+        inbox: Inbox,
+        send: Callable[[TokenBatch], None],
+    ) -> None:
+        self.rank = rank
+        self.scheduler = scheduler
+        self.runner = runner
+        self.sampler = sampler
+        self.dp_sync = dp_sync
+        self.inbox = inbox
+        self.send = send
+        self.sequence = 0
+        self.may_sleep = True
+
+    def run_forever(self) -> None:
+        while True:
+            self.run_once()
+
+    def run_once(self) -> None:
+        """One step; sleeps first when no rank has anything to do."""
+        for message in self.inbox.receive(wait=self.may_sleep):
+            self._handle(message)
+        step = self.scheduler.schedule()
+        pages = self.scheduler.take_dirty_pages()
+        if pages:
+            self.runner.pool.clear(pages)
+        sync = self.dp_sync.exchange(sum(entry.num_tokens for entry in step), self.sequence)
+        if sync.runs:
+            logits = self.runner.forward(make_forward_batch(step), sync.global_num_tokens)
+            if step:
+                rows = [_sampling_row(entry.request) for entry in step if entry.samples]
+                self._finish(step, self.sampler.sample(logits, rows) if rows else [])
+        self.may_sleep = sync.may_sleep
+        if self.may_sleep:
+            self.scheduler.check_idle()
+
+    def _handle(self, message: ToRank) -> None:
+        match message:
+            case NewRequest():
+                self.scheduler.add(Request(message))
+                self.sequence = message.sequence
+            case Wake():
+                self.sequence = message.sequence
+            case AbortRequest():
+                self.scheduler.abort(message.request_id)
+
+    def _finish(self, step: Sequence[ScheduledRequest], sampled: Sequence[SampledToken]) -> None:
+        requests = [entry.request for entry in step if entry.samples]
+        reasons = self.scheduler.finish_step(step, [token.token_id for token in sampled])
+        updates = [_update(*entry) for entry in zip(requests, sampled, reasons, strict=True)]
+        if updates:
+            self.send(TokenBatch(self.rank, updates))
+
+
+def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
+    """The rows of a step, request after request; None without any."""
+    if not step:
+        return None
+    input_ids: list[int] = []
+    positions: list[int] = []
+    logit_rows: list[int] = []
+    for entry in step:
+        start = entry.request.num_computed
+        input_ids += entry.request.token_ids[start : start + entry.num_tokens]
+        positions += range(start, start + entry.num_tokens)
+        if entry.samples:
+            logit_rows.append(len(input_ids) - 1)
+    attention = AttentionBatch(
+        query_lens=[entry.num_tokens for entry in step],
+        seq_lens=[entry.request.num_computed + entry.num_tokens for entry in step],
+        page_tables=[entry.request.pages for entry in step],
+    )
+    return ForwardBatch(input_ids, positions, attention, logit_rows)
+
+
+def _sampling_row(request: Request) -> SamplingRow:
+    return SamplingRow(
+        request.sampling,
+        request.seed,
+        request.token_ids,
+        request.prompt_length,
+        request.top_logprobs_num if request.return_logprob else None,
+    )
+
+
+def _update(request: Request, sampled: SampledToken, reason: FinishReason | None) -> TokenUpdate:
+    return TokenUpdate(
+        request.request_id,
+        [] if sampled.token_id is None else [sampled.token_id],
+        reason,
+        [] if sampled.logprob is None else [sampled.logprob],
+    )

@@ -1,0 +1,121 @@
+"""One rank as a process: `python -m nibble.scheduler.rank_process RANK RUN_DIR`.
+
+Standard input brings the engine's configuration as one line of JSON and then stays open; its end means that the
+engine is gone, and this process with it.
+"""
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import setproctitle
+import torch
+import zmq
+
+from nibble.config.resolve import EngineConfig
+from nibble.distributed.parallel_state import initialize_parallel
+from nibble.ipc.messages import (
+    FromRank,
+    RankFailed,
+    RankReady,
+    RankStage,
+    ToRank,
+    engine_address,
+    rank_address,
+)
+from nibble.model_executor.model_runner import ModelRunner
+from nibble.model_executor.sampler import Sampler
+from nibble.observability.logging import configure_logging
+from nibble.scheduler.dp_sync import DpSync
+from nibble.scheduler.event_loop import EventLoop
+from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
+from nibble.utils.errors import ConfigError
+from nibble.utils.process import die_with_parent
+
+logger = logging.getLogger(__name__)
+
+
+class RankSockets:
+    """Messages from and to the engine's process."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.set_hwm(0)
+        self._inbox.bind(rank_address(run_dir, rank))
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._outbox.connect(engine_address(run_dir))
+        self._decoder = msgspec.msgpack.Decoder(ToRank)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def receive(self, wait: bool) -> list[ToRank]:
+        messages = []
+        if wait:
+            messages.append(self._decoder.decode(self._inbox.recv()))
+        while True:
+            try:
+                messages.append(self._decoder.decode(self._inbox.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
+
+    def send(self, message: FromRank) -> None:
+        self._outbox.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        """Returns when what was sent has been delivered, at most a second later."""
+        self._context.destroy(linger=1000)
+
+
+def main() -> None:
+    rank, run_dir = int(sys.argv[1]), Path(sys.argv[2])
+    # Ctrl-C reaches every process of the terminal; the engine decides what becomes of its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    die_with_parent(sys.stdin.fileno())
+    setproctitle.setproctitle(f"nibble rank {rank}")
+    configure_logging(config.args.log_level, f"rank {rank}")
+    sockets = RankSockets(run_dir, rank)
+    try:
+        _start(config, rank, run_dir, sockets).run_forever()
+    except Exception as error:
+        if not isinstance(error, ConfigError):
+            logger.exception("rank %d failed", rank)
+        sockets.send(RankFailed(rank, str(error) if isinstance(error, ConfigError) else repr(error)))
+        sockets.close()
+        sys.exit(1)
+
+
+def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets) -> EventLoop:
+    torch.set_num_threads(config.cpu_threads)
+
+    def on_stage(stage: str) -> None:
+        sockets.send(RankStage(rank, stage))
+
+    on_stage("meeting the other ranks")
+    parallel = initialize_parallel(config, rank, run_dir)
+    runner = ModelRunner(config, parallel, on_stage)
+    limits = SchedulerLimits(
+        page_size=config.args.page_size,
+        chunked_prefill_size=config.args.chunked_prefill_size,
+        max_running_requests=config.args.max_running_requests,
+        context_length=config.context_length,
+        eos_token_ids=frozenset(config.model.eos_token_ids),
+    )
+    loop = EventLoop(
+        rank,
+        Scheduler(limits, config.num_pages),
+        runner,
+        Sampler(config.model.eos_token_ids),
+        DpSync(parallel.dp_group),
+        sockets,
+        sockets.send,
+    )
+    sockets.send(RankReady(rank))
+    return loop
+
+
+if __name__ == "__main__":
+    main()

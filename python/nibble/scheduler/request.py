@@ -1,0 +1,42 @@
+"""A request as its rank sees it."""
+
+from nibble.generation import FinishReason
+from nibble.ipc.messages import NewRequest
+
+
+class Request:
+    """Grows by one token a step. `token_ids` is the prompt and what was generated after it.
+
+    The KV cache holds the first `num_computed` tokens, in `pages`, which belong to this request.
+    """
+
+    def __init__(self, message: NewRequest) -> None:
+        self.request_id = message.request_id
+        self.sampling = message.sampling
+        self.seed = message.seed
+        self.return_logprob = message.return_logprob
+        self.top_logprobs_num = message.top_logprobs_num
+        self.prompt_length = len(message.input_ids)
+        self.token_ids = list(message.input_ids)
+        self.num_computed = 0
+        self.pages: list[int] = []
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that must go through the model before the next one can be sampled; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+    def append(self, token: int, eos_token_ids: frozenset[int], context_length: int) -> FinishReason | None:
+        """Adds a sampled token and says whether it was the last."""
+        self.token_ids.append(token)
+        if self.num_generated >= self.sampling.min_new_tokens and (
+            token in self.sampling.stop_token_ids or (token in eos_token_ids and not self.sampling.ignore_eos)
+        ):
+            return FinishReason("stop", matched=token)
+        if self.num_generated >= self.sampling.max_new_tokens or len(self.token_ids) >= context_length:
+            return FinishReason("length", length=self.num_generated)
+        return None

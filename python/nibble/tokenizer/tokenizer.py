@@ -1,0 +1,153 @@
+"""Text to token ids and back, and the chat template."""
+
+import inspect
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nibble.utils.errors import ConfigError, RequestError
+
+MAX_PROMPT_BYTES = 8 * 2**20
+"""UTF-8 bytes of one prompt that are tokenized at most; four million tokens of English hold about that much."""
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Every method may be called from several threads at once."""
+
+    def __init__(self, hf_tokenizer: Any, max_prompt_bytes: int = MAX_PROMPT_BYTES) -> None:
+        """`hf_tokenizer` is a `transformers.PreTrainedTokenizerBase`; it must not be used elsewhere."""
+        self._hf = hf_tokenizer
+        self._max_prompt_bytes = max_prompt_bytes
+        # The Rust tokenizer releases the interpreter lock while it encodes, and may be shared between threads as
+        # long as nobody changes its settings, which transformers' own methods do. Tokenizers in Python have no
+        # such backend and take turns.
+        self._backend = hf_tokenizer.backend_tokenizer if hf_tokenizer.is_fast else None
+        self._lock = threading.Lock()
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = False
+        added = hf_tokenizer.added_tokens_decoder.items()
+        self.special_token_ids: frozenset[int] = frozenset(hf_tokenizer.all_special_ids) | {
+            token_id for token_id, token in added if token.special
+        }
+        self.eos_token_ids: frozenset[int] = (
+            frozenset() if hf_tokenizer.eos_token_id is None else frozenset({hf_tokenizer.eos_token_id})
+        )
+        """The tokenizer's own end of sequence; a checkpoint's generation_config.json may name more."""
+        self.vocab_size: int = 1 + max(hf_tokenizer.get_vocab().values())
+        """One more than the largest token id. A model's embedding table may be padded to more."""
+        self._reserved_variables = frozenset(inspect.signature(hf_tokenizer.apply_chat_template).parameters)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, trust_remote_code: bool = False) -> "Tokenizer":
+        """Loads a tokenizer from a checkpoint's folder. Raises ConfigError when there is none that can be loaded."""
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        except (OSError, ValueError) as error:
+            hint = "" if trust_remote_code else " (code that comes with it runs only with --trust-remote-code)"
+            raise ConfigError(f"the tokenizer in {folder} can't be loaded{hint}: {error}") from error
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; `add_special_tokens` adds what the model expects around it (often a first token).
+
+        Raises RequestError for text over the limit of `max_prompt_bytes` or that UTF-8 can't represent.
+        """
+        self._check_text(text)
+        if self._backend is None:
+            with self._lock:
+                return list(self._hf.encode(text, add_special_tokens=add_special_tokens))
+        # The batch call is the one that releases the interpreter lock.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`, each at least 0; bytes that are not UTF-8 become U+FFFD."""
+        if self._backend is None:
+            with self._lock:
+                return str(
+                    self._hf.decode(
+                        token_ids,
+                        skip_special_tokens=skip_special_tokens,
+                        clean_up_tokenization_spaces=False,
+                        spaces_between_special_tokens=False,
+                    )
+                )
+        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, which may be a part of a character."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        piece = self._hf.convert_ids_to_tokens(token_id) or ""
+        if _REPLACEMENT not in text:
+            # Decoders drop the leading space of a sequence; here it belongs to the token.
+            lost_space = piece.startswith(_WORD_START) and not text.startswith(" ")
+            return (" " * lost_space + text).encode()
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        if all(character in _BYTE_OF_CHARACTER for character in piece):
+            return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+        return text.encode()
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation that the model is to continue as the assistant.
+
+        `variables` are handed to the template (Qwen3's `enable_thinking`, for one). The template is always the
+        checkpoint's own and runs in Jinja's immutable sandbox. Raises RequestError when the model has no chat
+        template, or the template refuses the messages.
+        """
+        return self.encode(self.render_chat_template(messages, variables), add_special_tokens=False)
+
+    def render_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """The text that `apply_chat_template` encodes."""
+        if not self._hf.chat_template:
+            raise RequestError("this model has no chat template; use /v1/completions with a plain prompt", "messages")
+        for name in variables or ():
+            if name in self._reserved_variables:
+                raise RequestError(f"chat_template_kwargs can't set {name!r}", "chat_template_kwargs")
+        try:
+            rendered = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **(variables or {}),
+            )
+        # A template is code of the checkpoint run on what the client sent, so any exception may come out of it.
+        except Exception as error:
+            raise RequestError(
+                f"the model's chat template does not accept these messages: {error}", "messages"
+            ) from error
+        return str(rendered)
+
+    def _check_text(self, text: str) -> None:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the prompt holds a lone surrogate at character {error.start}, which is not text"
+            ) from None
+        if size > self._max_prompt_bytes:
+            raise RequestError(f"the prompt has {size} bytes, more than the limit of {self._max_prompt_bytes}")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte that each character of a byte-level BPE vocabulary stands for (GPT-2's `bytes_to_unicode`).
+
+    Printable bytes stand for themselves; the others are numbered from U+0100 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()

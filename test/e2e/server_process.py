@@ -1,0 +1,114 @@
+"""Starts the real server on the demo model and looks at its processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
+
+
+def parallel_flags(ranks: int) -> list[str]:
+    size = str(ranks)
+    return ["--tp", size, "--dp", size, "--ep", size, "--enable-dp-attention", "--enable-flashinfer-cutlass-moe"]
+
+
+class Server:
+    """A running `python -m nibble.launch_server`."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int, log: Path) -> None:
+        self.process = process
+        self.port = port
+        self.log = log
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+            try:
+                if self.client.get("/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"not ready within {seconds} s:\n{self.log.read_text()}")
+
+    def generate(self, **body: object) -> dict:
+        response = self.client.post("/generate", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def info(self) -> dict:
+        return self.client.get("/server_info").json()
+
+    def rank_processes(self) -> list[psutil.Process]:
+        return [psutil.Process(pid) for pid in self.info()["rank_process_ids"]]
+
+    def wait_for_exit(self, seconds: float = 15) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.log.read_text()}") from None
+
+
+@contextmanager
+def launch(log: Path, *flags: str, model: Path = DEMO_MODEL, ready: bool = True) -> Iterator[Server]:
+    """A server that is gone when the block ends, whatever happened in it."""
+    port = free_port()
+    command = [sys.executable, "-m", "nibble.launch_server", "--model-path", str(model), "--port", str(port), *flags]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    server = Server(process, port, log)
+    try:
+        if ready:
+            server.wait_until_ready()
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        server.client.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def processes_of(server_pid: int) -> list[psutil.Process]:
+    """The server's descendants."""
+    try:
+        return psutil.Process(server_pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_until_gone(processes: list[psutil.Process], seconds: float = 5) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert not alive, f"still running after {seconds} s: {alive}"
+
+
+def shared_files() -> set[str]:
+    """What engines may leave behind: directories for sockets and segments of shared memory."""
+    shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")} if os.path.isdir("/dev/shm") else set()
+    return shared | {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith("nibble-")}
+
+
+def events(response: httpx.Response) -> Iterator[dict]:
+    """The JSON of each server-sent event up to [DONE]."""
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))

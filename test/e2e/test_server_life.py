@@ -1,0 +1,165 @@
+"""The promises of the server as a set of processes: starting, stopping, and losing one of them."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from server_process import (
+    DEMO_MODEL,
+    events,
+    launch,
+    parallel_flags,
+    processes_of,
+    shared_files,
+    wait_until_gone,
+)
+
+TWO_RANKS = parallel_flags(2)
+LONG = {"text": "What is 17 plus 25?", "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}, "stream": True}
+
+
+def test_ctrl_c_ends_the_server_cleanly_with_nothing_left_behind(tmp_path):
+    before = shared_files()
+    with launch(tmp_path / "log", *TWO_RANKS) as server:
+        ranks = server.rank_processes()
+        assert len(ranks) == 2
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait_for_exit() == 0
+        wait_until_gone(ranks)
+    assert shared_files() <= before
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path):
+    body = {**LONG, "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
+    with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "100") as server:
+        with server.client.stream("POST", "/generate", json=body) as response:
+            stream = events(response)
+            next(stream)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            refused = server.client.post("/generate", json={**body, "stream": False})
+            assert refused.status_code == 503
+            assert "Retry-After" in refused.headers
+            assert server.client.get("/ready").status_code == 503
+            last = list(stream)[-1]
+        assert last["meta_info"]["completion_tokens"] == 300
+        assert server.wait_for_exit() == 0
+
+
+def test_what_is_not_finished_by_the_drain_timeout_is_told_so(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "0.2") as server:
+        with server.client.stream("POST", "/generate", json=LONG) as response:
+            stream = events(response)
+            next(stream)
+            server.process.send_signal(signal.SIGTERM)
+            assert "longer than 0.2 s" in list(stream)[-1]["error"]["message"]
+        assert server.wait_for_exit() == 0
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "60") as server:
+        ranks = server.rank_processes()
+        with server.client.stream("POST", "/generate", json=LONG) as response:
+            next(events(response))
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGINT)
+            server.wait_for_exit(8)
+        wait_until_gone(ranks)
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
+def test_the_death_of_a_rank_ends_the_server_and_tells_open_streams(tmp_path, death):
+    with launch(tmp_path / "log", *TWO_RANKS) as server:
+        ranks = server.rank_processes()
+        with server.client.stream("POST", "/generate", json=LONG) as response:
+            stream = events(response)
+            next(stream)
+            ranks[1].send_signal(death)
+            last = list(stream)[-1]
+        assert "error" in last, "the stream ends with an error event"
+        assert "rank" in last["error"]["message"]
+        assert server.wait_for_exit(5) == 1
+        wait_until_gone(ranks)
+
+
+def test_a_killed_server_takes_its_ranks_with_it(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS) as server:
+        ranks = server.rank_processes()
+        server.process.kill()
+        wait_until_gone(ranks)
+
+
+def test_a_client_that_goes_away_ends_its_request(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS) as server:
+        with server.client.stream("POST", "/generate", json=LONG) as response:
+            next(events(response))
+            assert sum(server.info()["requests_per_rank"]) == 1
+        deadline = time.monotonic() + 5
+        while sum(server.info()["requests_per_rank"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert server.info()["requests_per_rank"] == [0, 0]
+        server.generate(text="What is 2 plus 2?")  # and the engine is well
+
+
+def test_it_answers_health_but_is_not_ready_while_it_starts_and_names_the_stage_that_is_stuck(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS, "--startup-timeout", "6", ready=False) as server:
+        stopped = threading.Event()
+
+        def freeze_a_rank() -> None:
+            while not stopped.is_set():
+                for process in processes_of(server.process.pid)[:1]:
+                    process.suspend()
+                    stopped.set()
+                time.sleep(0.01)
+
+        threading.Thread(target=freeze_a_rank, daemon=True).start()
+        statuses = set()
+        while server.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                statuses.add((server.client.get("/health").status_code, server.client.get("/ready").status_code))
+            time.sleep(0.1)
+        stopped.set()
+        assert (200, 503) in statuses
+        assert server.wait_for_exit() == 1
+        assert "not ready within --startup-timeout 6 s: rank" in server.log.read_text()
+        assert processes_of(server.process.pid) == []
+
+
+def test_a_port_that_is_taken_is_an_error_with_the_way_out(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with launch(tmp_path / "log", "--port", str(taken.getsockname()[1]), ready=False) as server:
+            assert server.wait_for_exit(30) == 1
+        assert "choose another with --host and --port" in (tmp_path / "log").read_text()
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in DEMO_MODEL.iterdir():
+        os.symlink(path, folder / path.name)
+    weights = next(folder.glob("*.safetensors"))
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content[: len(content) // 2])
+    with launch(tmp_path / "log", model=folder, ready=False) as server:
+        assert server.wait_for_exit(40) == 1
+    log = (tmp_path / "log").read_text()
+    assert f"{weights} cannot be read" in log
+    assert "Traceback" not in log
+
+
+def test_an_impossible_combination_is_refused_before_anything_starts(tmp_path):
+    with launch(tmp_path / "log", "--tp", "2", ready=False) as server:
+        assert server.wait_for_exit(30) == 1
+    assert (tmp_path / "log").read_text().strip() == (
+        "error: --tp-size 2 without data-parallel attention is not supported; add --enable-dp-attention --dp-size 2"
+    )

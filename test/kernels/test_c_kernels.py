@@ -1,0 +1,161 @@
+"""The C kernels compute what the torch kernels compute: the quantizer bit for bit, the rest to fp32 rounding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nibble.kernels.cpu import nvfp4 as c_nvfp4
+from nibble.kernels.cpu.library import address, c_kernels
+from nibble.kernels.cpu.norm import rms_norm as c_rms_norm
+from nibble.kernels.torch import fused_moe as torch_moe
+from nibble.kernels.torch.norm import rms_norm
+from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, fake_quantize_nvfp4, quantize_nvfp4, quantize_nvfp4_weight
+from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
+from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack, unpack
+from nibble.utils import c_library
+from nibble.utils.c_library import CompileError, build_c_library
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 48, 6, 3
+
+
+def c_fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    c_kernels().fake_quantize_nvfp4(address(x), *x.shape, scale, address(out))
+    return out
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """For exact comparison; all NaN count as one."""
+    return torch.where(x.isnan(), torch.full_like(x, torch.inf), x).view(torch.int32)
+
+
+def routed(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, HIDDEN, generator=generator)
+    ids = torch.rand(rows, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32)
+    return x, ids, torch.rand(rows, TOP_K, generator=generator)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.37, 1e-30, 1e30])
+def test_the_quantizer_agrees_bit_for_bit_on_every_bf16_pattern(scale):
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    blocks = patterns.view(-1, 16)
+    repeated = patterns.view(-1, 1).expand(-1, 16).contiguous()  # each pattern as its block's maximum
+    for x in (blocks, repeated, patterns[torch.randperm(65536)].view(-1, 16).contiguous()):
+        expected = fake_quantize_nvfp4(x, torch.tensor(scale))
+        assert torch.equal(bits(c_fake_quantize(x, scale)), bits(expected))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    blocks=st.integers(1, 8),
+    top_k=st.integers(1, 8),
+    exponent=st.integers(-12, 6),
+    seed=st.integers(0, 10**6),
+)
+def test_wire_rows_are_the_same_bytes(rows, blocks, top_k, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 16 * blocks, generator=generator) * 10.0**exponent
+    x[torch.rand(x.shape, generator=generator) < 0.2] = 0.0
+    if rows > 1:
+        x[0, 0], x[1, 3] = torch.nan, -torch.inf
+    ids = torch.randint(-1, 9, (rows, top_k), dtype=torch.int32, generator=generator)
+    arguments = (x, ids, torch.rand(rows, top_k, generator=generator), torch.tensor(3e-3))
+    ours, expected = c_nvfp4.quantize_pack(*arguments), quantize_pack(*arguments)
+    layout = WireRowLayout(16 * blocks, top_k)
+    assert torch.equal(ours[:, layout.scale_offset :], expected[:, layout.scale_offset :])
+    values = [dequantize_nvfp4(unpack(wire, layout).x_fp4, unpack(wire, layout).x_scale) for wire in (ours, expected)]
+    assert torch.equal(bits(values[0]), bits(values[1]))
+    finite = ~x.isnan().any(1)
+    assert torch.equal(ours[finite], expected[finite])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 17, 64, 65])
+@pytest.mark.parametrize("outputs", [8, 36, 10])
+def test_the_linear_layer_agrees(rows, outputs):
+    torch.manual_seed(rows)
+    values, scales, scale_2 = quantize_nvfp4_weight(torch.randn(outputs, HIDDEN))
+    arguments = (values, scales, torch.tensor(2e-3), torch.rand(outputs) * scale_2)
+    x = torch.randn(rows, HIDDEN)
+    torch.testing.assert_close(c_nvfp4.Nvfp4Linear(*arguments)(x), Nvfp4Linear(*arguments)(x), rtol=1e-5, atol=1e-6)
+
+
+def packed_experts() -> torch_moe.PackedNvfp4Experts:
+    torch.manual_seed(5)
+    w13 = [quantize_nvfp4_weight(torch.randn(2 * WIDTH, HIDDEN)) for _ in range(EXPERTS)]
+    w2 = [quantize_nvfp4_weight(torch.randn(HIDDEN, WIDTH)) for _ in range(EXPERTS)]
+    w2_input_scale = torch.rand(EXPERTS) * 1e-2 + 1e-3
+    return torch_moe.PackedNvfp4Experts(
+        *(torch.stack([expert[part] for expert in stack]) for stack in (w13, w2) for part in (0, 1)),
+        g1_gate_up=torch.rand(EXPERTS, 2) * 1e-5,
+        w2_input_scale=w2_input_scale,
+        g2=w2_input_scale * torch.stack([expert[2] for expert in w2]),
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 40, 300])
+def test_the_experts_agree(rows):
+    packed = packed_experts()
+    x, ids, weights = routed(rows, seed=rows)
+    x_fp4, x_scale = quantize_nvfp4(x, torch.tensor(2e-3))
+    for first in (0, 3, -2):
+        arguments = (x_fp4, x_scale, ids, weights)
+        ours = c_nvfp4.Nvfp4MoE(packed, first)(*arguments)
+        expected = torch_moe.Nvfp4MoE(packed, first)(*arguments)
+        # The second quantization may turn the last bit of an intermediate value into a step of FP4.
+        assert float((ours - expected).norm()) <= 2e-3 * float(expected.norm())
+        different = (ours - expected).abs().amax(1) > 1e-4 * expected.abs().max() if rows else torch.zeros(0)
+        assert int(different.sum()) <= 0.05 * rows
+
+
+def test_the_experts_read_gathered_rows_in_place():
+    packed, layout = packed_experts(), WireRowLayout(HIDDEN, TOP_K)
+    x, ids, weights = routed(9, seed=1)
+    fields = unpack(quantize_pack(x, ids, weights, torch.tensor(2e-3)), layout)
+    moe = c_nvfp4.Nvfp4MoE(packed, 0)
+    expected = moe(*quantize_nvfp4(x, torch.tensor(2e-3)), ids, weights)
+    assert torch.equal(moe(fields.x_fp4, fields.x_scale, fields.topk_ids, fields.topk_weights), expected)
+
+
+def test_a_row_of_experts_depends_on_nothing_but_itself():
+    moe = c_nvfp4.Nvfp4MoE(packed_experts(), 0)
+    x, ids, weights = routed(11, seed=2)
+    x[4, 5] = torch.nan
+    x_fp4, x_scale = quantize_nvfp4(x, torch.tensor(2e-3))
+    together = moe(x_fp4, x_scale, ids, weights)
+    for row in range(11):
+        one = slice(row, row + 1)
+        assert torch.equal(bits(moe(x_fp4[one], x_scale[one], ids[one], weights[one])), bits(together[one]))
+    assert together.isnan().any(1).nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (3, 4, 32), (0, 64)])
+def test_rms_norm_agrees_on_contiguous_rows_and_on_views(shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape[-1])
+    wide = torch.randn(*shape[:-1], 2 * shape[-1])
+    for x in (wide[..., : shape[-1]].contiguous(), wide[..., : shape[-1]]):
+        torch.testing.assert_close(c_rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6), rtol=2e-6, atol=1e-6)
+
+
+def test_a_source_is_compiled_once_and_an_error_shows_what_the_compiler_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build_c_library.cache_clear()
+    good, bad = tmp_path / "good.c", tmp_path / "bad.c"
+    good.write_text("int one(void) { return 1; }")
+    bad.write_text("int one(void) { return undeclared; }")
+    library = build_c_library(good)
+    written = library.stat().st_mtime_ns
+    build_c_library.cache_clear()
+    assert build_c_library(good) == library and library.stat().st_mtime_ns == written
+    with pytest.raises(CompileError, match="undeclared"):
+        build_c_library(bad)
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    monkeypatch.setattr(c_library.shutil, "which", lambda _: None)
+    build_c_library.cache_clear()
+    with pytest.raises(CompileError, match="no C compiler"):
+        build_c_library(good)
+    monkeypatch.undo()
+    build_c_library.cache_clear()

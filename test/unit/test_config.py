@@ -1,0 +1,246 @@
+"""What can be asked for, what is refused with which advice, and when the FP4 all-gather is on."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from nibble.config.model_config import load_model_config
+from nibble.config.quantization_config import QuantizationConfig, load_quantization_config
+from nibble.config.resolve import EngineConfig, resolve
+from nibble.config.server_args import ServerArgs, parse_server_args
+from nibble.utils.errors import ConfigError
+
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "num_experts": 24,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "eos_token_id": 2,
+}
+NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+EMBEDDED = {
+    "quant_method": "modelopt",
+    "quant_algo": "NVFP4",
+    "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 16}}},
+}
+DP2 = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True, "enable_flashinfer_cutlass_moe": True}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def write(config: dict | None = None, quantization: dict | None = None, **changes: object) -> Path:
+        content = {**(config or MOE), **changes}
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+        if quantization is not None:
+            (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+        return tmp_path
+
+    return write
+
+
+def resolved(folder: Path, **args: object) -> EngineConfig:
+    return resolve(ServerArgs(model_path=str(folder), **args))
+
+
+def refused(folder: Path, **args: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        resolved(folder, **args)
+    return str(error.value)
+
+
+# Flags
+
+
+def test_flags_have_sglangs_names_and_short_forms():
+    args = parse_server_args(
+        "--model-path m --tp 4 --dp 4 --ep 4 --enable-dp-attention --enable-flashinfer-cutlass-moe "
+        "--disable-flashinfer-cutlass-moe-fp4-allgather --quantization modelopt_fp4 --moe-kernel torch".split()
+    )
+    assert (args.tp_size, args.dp_size, args.ep_size) == (4, 4, 4)
+    assert args.enable_dp_attention and args.enable_flashinfer_cutlass_moe
+    assert args.disable_flashinfer_cutlass_moe_fp4_allgather
+
+
+def test_an_unknown_flag_and_an_abbreviation_are_refused(capsys):
+    for flag in ("--no-such-flag", "--enable-dp"):
+        with pytest.raises(SystemExit):
+            parse_server_args(["--model-path", "m", flag])
+        assert flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tp_size", "page_size", "chunked_prefill_size", "max_running_requests"])
+def test_a_size_of_zero_is_refused_with_its_flag(checkpoint, name):
+    assert f"--{name.replace('_', '-')} must be greater than 0, got 0" in refused(checkpoint(), **{name: 0})
+
+
+def test_the_configuration_travels_to_the_ranks_unchanged(checkpoint):
+    config = resolved(checkpoint(quantization=NVFP4), **DP2)
+    assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config
+
+
+# Parallel sizes: each refusal says what to do instead
+
+
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        ({"tp_size": 2, "dp_size": 2, "ep_size": 2}, "--dp-size 2 needs --enable-dp-attention"),
+        ({"tp_size": 2}, "add --enable-dp-attention --dp-size 2"),
+        ({**DP2, "dp_size": 1}, "set --dp-size 2"),
+        ({**DP2, "tp_size": 4, "ep_size": 4}, "--tp-size 2"),
+        ({**DP2, "ep_size": 1}, "set --ep-size 2"),
+        ({"tp_size": 5, "dp_size": 5, "ep_size": 5, "enable_dp_attention": True}, "[1, 2, 3, 4, 6, 8, 12, 24]"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_fix(checkpoint, args, advice):
+    assert advice in refused(checkpoint(), **args)
+
+
+def test_a_dense_model_has_no_experts_to_split(checkpoint):
+    dense = {k: v for k, v in MOE.items() if "expert" not in k and not k.startswith("moe")}
+    folder = checkpoint({**dense, "architectures": ["Qwen3ForCausalLM"]})
+    assert "no experts to split" in refused(folder, **DP2)
+    assert resolved(folder, **{**DP2, "ep_size": 1}).parallel.dp_size == 2
+
+
+@pytest.mark.parametrize("kernel", ["triton", "flashinfer_cutlass"])
+def test_a_kernel_that_cannot_run_here_is_an_error_with_the_reason(checkpoint, kernel):
+    message = refused(checkpoint(), moe_kernel=kernel, device="cpu")
+    assert f"--moe-kernel {kernel} needs a GPU" in message and "--moe-kernel torch" in message
+
+
+# The FP4 all-gather
+
+
+def test_fp4_allgather_is_on_when_every_condition_holds(checkpoint):
+    config = resolved(checkpoint(quantization=NVFP4), **DP2)
+    assert config.fp4_allgather.enabled
+    assert "FP4 all-gather is on: modelopt_fp4 with dp = ep = 2" in config.decisions()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "args", "reason"),
+    [
+        (NVFP4, {"enable_flashinfer_cutlass_moe": False}, "--enable-flashinfer-cutlass-moe is absent"),
+        (
+            NVFP4,
+            {"disable_flashinfer_cutlass_moe_fp4_allgather": True},
+            "--disable-flashinfer-cutlass-moe-fp4-allgather is set",
+        ),
+        (None, {}, "the checkpoint's quantization is None, not modelopt_fp4"),
+        (
+            NVFP4,
+            {"tp_size": 1, "dp_size": 1, "ep_size": 1, "enable_dp_attention": False},
+            "--enable-dp-attention is absent",
+        ),
+    ],
+)
+def test_the_condition_that_keeps_fp4_allgather_off_is_named(checkpoint, quantization, args, reason):
+    config = resolved(checkpoint(quantization=quantization), **{**DP2, **args})
+    assert not config.fp4_allgather.enabled
+    assert config.decisions()[0] == f"FP4 all-gather is off: {reason}"
+
+
+# Memory
+
+
+def test_the_cache_is_as_large_as_the_running_requests_need(checkpoint):
+    config = resolved(checkpoint(), max_running_requests=3, context_length=100, page_size=10)
+    assert config.num_pages == 30 and config.context_length == 100
+
+
+def test_a_context_longer_than_the_cache_is_refused_or_shortened(checkpoint):
+    assert "raise --max-total-tokens" in refused(checkpoint(), context_length=200, max_total_tokens=100)
+    assert resolved(checkpoint(), max_total_tokens=100, page_size=16).context_length == 96
+    assert "exceeds the checkpoint's 512" in refused(checkpoint(), context_length=513)
+
+
+# Checkpoints
+
+
+def test_quantization_is_read_from_either_file(checkpoint):
+    from_file = load_quantization_config(checkpoint(quantization=NVFP4))
+    (checkpoint() / "hf_quant_config.json").unlink()
+    from_config = load_quantization_config(checkpoint(quantization_config=EMBEDDED))
+    assert from_file == from_config == QuantizationConfig("NVFP4", 16, None, ("lm_head",))
+    assert load_quantization_config(checkpoint()) is None
+
+
+def test_two_descriptions_of_the_quantization_must_agree(checkpoint):
+    folder = checkpoint(quantization=NVFP4, quantization_config=EMBEDDED)
+    assert load_quantization_config(folder) is not None
+    folder = checkpoint(quantization=NVFP4, quantization_config={**EMBEDDED, "ignore": ["lm_head", "x"]})
+    with pytest.raises(ConfigError, match="twice, and differently"):
+        load_quantization_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({**NVFP4, "quant_algo": "FP8"}, "quantization 'FP8'"),
+        ({**NVFP4, "group_size": 32}, "group size 32"),
+        ({**NVFP4, "kv_cache_quant_algo": "FP8"}, "KV cache quantized as 'FP8'"),
+    ],
+)
+def test_formats_that_are_not_run_are_refused(checkpoint, quantization, reason):
+    assert reason in refused(checkpoint(quantization=quantization))
+
+
+def test_other_quantization_methods_are_refused_by_name(checkpoint):
+    assert "'awq' is not supported" in refused(checkpoint(quantization_config={"quant_method": "awq"}))
+
+
+def test_asking_for_modelopt_fp4_on_a_plain_checkpoint_is_refused(checkpoint):
+    assert "is not quantized so" in refused(checkpoint(), quantization="modelopt_fp4")
+    assert resolved(checkpoint(quantization=NVFP4), quantization="modelopt_fp4").quantization is not None
+
+
+def test_excluded_modules_may_hold_wildcards():
+    config = QuantizationConfig("NVFP4", 16, None, ("lm_head", "model.layers.*.mlp.gate", "model.layers.1*", "a.b"))
+    for name in ("lm_head", "model.layers.0.mlp.gate", "model.layers.1.self_attn.q_proj", "a.b", "a.b.q_proj"):
+        assert config.is_excluded(name), name
+    for name in ("model.layers.0.mlp.gate_proj", "model.layers.2.self_attn.q_proj", "a.bc"):
+        assert not config.is_excluded(name), name
+
+
+def test_parts_of_a_merged_layer_are_quantized_together_or_not_at_all():
+    config = QuantizationConfig("NVFP4", 16, None, ("x.q_proj",))
+    assert config.is_quantized("y.q_proj", "y.k_proj") and not config.is_quantized("x.q_proj")
+    with pytest.raises(ConfigError, match=r"x.q_proj \(excluded\), x.k_proj \(quantized\)"):
+        config.is_quantized("x.q_proj", "x.k_proj")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' is not supported"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"hidden_act": "gelu"}, "'gelu' is not supported"),
+        ({"vocab_size": None}, "has no field 'vocab_size'"),
+    ],
+)
+def test_what_the_model_code_does_not_do_is_refused_by_name(checkpoint, changes, reason):
+    assert reason in refused(checkpoint(**changes))
+
+
+def test_a_folder_that_is_no_checkpoint_is_an_error_that_says_so(tmp_path):
+    assert "config.json does not exist" in refused(tmp_path)
+    assert "is not a folder" in refused(tmp_path / "nowhere")
+
+
+def test_the_end_tokens_of_generation_config_win(checkpoint):
+    folder = checkpoint()
+    assert load_model_config(folder).eos_token_ids == (2,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert load_model_config(folder).eos_token_ids == (7, 8)

@@ -1,0 +1,91 @@
+"""The row counts of a step: installed once, never nested, always cleared, never those of another group."""
+
+import pytest
+import torch
+
+from nibble.distributed.communicator import Communicator, SingleRankCommunicator
+from nibble.layers.dp_attention import (
+    DpStep,
+    dp_gather,
+    dp_reduce_scatter,
+    dp_step,
+    get_dp_global_num_tokens,
+    get_dp_local_num_tokens,
+    get_dp_rank,
+    get_dp_size,
+)
+from nibble.scheduler.dp_sync import DpSync
+
+
+class ThirdOfThree(SingleRankCommunicator):
+    """Rank 2 of a group of three whose peers send what the test says."""
+
+    def __init__(self, peers: list[list[int]] | None = None) -> None:
+        Communicator.__init__(self, rank=2, world_size=3, name="dp")
+        self.peers = peers or []
+
+    def _all_gatherv(self, tensors, sizes):
+        return [torch.cat([torch.tensor(self.peers), tensors[0]])]
+
+
+def test_layers_ask_for_the_rows_of_the_step_that_runs():
+    with dp_step(DpStep(ThirdOfThree(), (4, 0, 7))):
+        assert get_dp_global_num_tokens() == (4, 0, 7)
+        assert get_dp_local_num_tokens() == 7
+        assert (get_dp_rank(), get_dp_size()) == (2, 3)
+
+
+@pytest.mark.parametrize("ask", [get_dp_global_num_tokens, get_dp_local_num_tokens, get_dp_rank, get_dp_size])
+def test_outside_a_step_there_is_no_answer(ask):
+    with pytest.raises(RuntimeError, match="no forward pass is running"):
+        ask()
+
+
+def test_steps_do_not_nest():
+    step = DpStep(SingleRankCommunicator("dp"), (1,))
+    with dp_step(step), pytest.raises(RuntimeError, match="already running"), dp_step(step):
+        pass
+
+
+def test_a_step_that_fails_is_cleared_all_the_same():
+    step = DpStep(SingleRankCommunicator("dp"), (1,))
+    with pytest.raises(KeyError), dp_step(step):
+        raise KeyError
+    with dp_step(step):
+        pass
+
+
+def test_gather_sizes_of_another_group_are_refused():
+    with pytest.raises(ValueError, match="2 sizes for the 3 ranks of group 'dp'"):
+        DpStep(ThirdOfThree(), (1, 1))
+
+
+def test_rows_that_are_not_the_steps_are_refused_before_anything_is_sent():
+    with dp_step(DpStep(ThirdOfThree(), (4, 0, 7))):
+        with pytest.raises(ValueError, match="6 rows"):
+            dp_gather([torch.zeros(6, 8)])
+        with pytest.raises(ValueError, match="7 rows"):
+            dp_reduce_scatter(torch.zeros(7, 8))
+
+
+# dp_sync: every rank derives the same from the same messages
+
+
+def test_a_rank_without_work_takes_part_when_another_has_some():
+    result = DpSync(ThirdOfThree([[5, 1], [0, 1]])).exchange(0, 1)
+    assert result.runs and not result.may_sleep
+    assert result.global_num_tokens == (5, 0, 0)
+
+
+def test_ranks_sleep_only_when_all_are_idle_and_all_know_the_newest_message():
+    """A rank that has read a wake-up must not sleep before the rank that it was about has read its request."""
+    behind = DpSync(ThirdOfThree([[0, 7], [0, 6]])).exchange(0, 7)
+    assert not behind.runs and not behind.may_sleep
+    together = DpSync(ThirdOfThree([[0, 7], [0, 7]])).exchange(0, 7)
+    assert not together.runs and together.may_sleep
+
+
+def test_a_single_rank_sleeps_when_it_has_nothing_to_do():
+    sync = DpSync(SingleRankCommunicator("dp"))
+    assert sync.exchange(0, 3).may_sleep
+    assert sync.exchange(2, 3).runs

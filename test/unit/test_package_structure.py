@@ -1,0 +1,87 @@
+"""Who may import whom, what importing the package costs, and words that must not appear."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nibble
+
+PACKAGE = Path(nibble.__file__).parent
+REPOSITORY = PACKAGE.parents[1]
+
+LAYERS = [
+    {"launch_server", "engine"},
+    {"entrypoints"},
+    {"controller", "tokenizer"},
+    {"scheduler"},
+    {"model_executor"},
+    {"models"},
+    {"layers"},
+    {"distributed", "kernels", "kv_cache"},
+    {"ipc"},
+    {"observability"},
+    {"config", "generation", "sampling_params"},
+    {"utils"},
+]
+"""From top to bottom; a module imports only from its own layer and those below."""
+
+
+def layer_of(package: str) -> int:
+    return next(index for index, packages in enumerate(LAYERS) if package in packages)
+
+
+def imported_packages(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    if path.name == "__init__.py" and path.parent == PACKAGE:
+        return set()
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nibble."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("nibble.")}
+    return names
+
+
+def test_imports_point_downward_only():
+    upward = []
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        upward += [
+            f"{path.relative_to(PACKAGE)} imports nibble.{name}"
+            for name in imported_packages(path)
+            if layer_of(name) < layer_of(parts[0])
+        ]
+    assert upward == []
+
+
+def test_importing_nibble_needs_no_gpu_library():
+    heavy = ["triton", "flashinfer", "sgl_kernel", "torch", "transformers"]
+    code = f"import sys, nibble; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_module_runs_code_from_data():
+    banned = re.compile(r"\b(pickle|dill|cloudpickle|marshal|torch\.load)\b|(?<![.\w])(eval|exec)\(")
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}"
+        for folder in ("python", "benchmark")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if banned.search(line)
+    ]
+    assert found == []
+
+
+def test_trust_remote_code_is_read_in_one_function():
+    readers = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"trust_remote_code=", path.read_text()) and path.name != "server_args.py"
+    ]
+    assert readers == ["tokenizer.py"]

@@ -1,0 +1,111 @@
+"""What a step processes: decode first, prompts in chunks, first come first served, the youngest gives way."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nibble.scheduler.policy import RequestView, Snapshot, StepPlan, pages_for, plan_step
+
+PAGE = 4
+
+
+def plan(running=(), waiting=(), free_pages=100, budget=8, max_running=16) -> StepPlan:
+    return plan_step(Snapshot(running, waiting, free_pages, PAGE, budget, max_running))
+
+
+def decoding(tokens: int) -> RequestView:
+    return RequestView(computed=tokens, remaining=1, pages=pages_for(tokens, PAGE))
+
+
+def prompt(tokens: int, computed: int = 0) -> RequestView:
+    return RequestView(computed, tokens - computed, pages_for(computed, PAGE))
+
+
+def test_nothing_to_do_is_an_empty_plan():
+    assert plan() == StepPlan((), (), ())
+
+
+def test_every_running_request_decodes_while_a_prompt_is_chunked():
+    result = plan(running=[decoding(5), decoding(9)], waiting=[prompt(20)], budget=8)
+    assert result == StepPlan(running=((0, 1), (1, 1)), admitted=(8,), retracted=())
+
+
+def test_a_started_prompt_goes_on_before_another_is_admitted():
+    result = plan(running=[prompt(20, computed=8)], waiting=[prompt(3)], budget=8)
+    assert result == StepPlan(running=((0, 8),), admitted=(), retracted=())
+
+
+def test_the_budget_is_shared_by_several_prompts():
+    result = plan(running=[prompt(10, computed=8)], waiting=[prompt(3), prompt(9)], budget=8)
+    assert result == StepPlan(running=((0, 2),), admitted=(3, 3), retracted=())
+
+
+def test_decoding_takes_nothing_from_the_prefill_budget():
+    assert plan(running=[decoding(5)] * 5, waiting=[prompt(8)], budget=8).admitted == (8,)
+
+
+def test_no_more_requests_run_than_allowed():
+    assert plan(running=[decoding(5)], waiting=[prompt(1)] * 5, max_running=3).admitted == (1, 1)
+
+
+def test_a_prompt_that_does_not_fit_waits_and_nobody_overtakes_it():
+    result = plan(running=[decoding(5)], waiting=[prompt(40), prompt(1)], free_pages=10, budget=64)
+    assert result.admitted == ()
+
+
+def test_admission_leaves_a_page_for_each_running_request():
+    running = [decoding(4), decoding(4)]  # both are about to need their second page
+    assert plan(running=running, waiting=[prompt(8)], free_pages=5).admitted == ()
+    assert plan(running=running, waiting=[prompt(8)], free_pages=6).admitted == (8,)
+
+
+def test_without_running_requests_a_prompt_may_take_every_page():
+    assert plan(waiting=[prompt(8)], free_pages=2).admitted == (8,)
+
+
+def test_when_pages_run_out_the_youngest_gives_way_and_nobody_is_admitted():
+    running = [decoding(4), decoding(4), decoding(4)]  # each needs one more page
+    result = plan(running=running, waiting=[prompt(1)], free_pages=1)
+    assert result == StepPlan(running=((0, 1), (1, 1)), admitted=(), retracted=(2,))
+
+
+def test_the_last_one_standing_retracts_itself_only_when_it_cannot_grow():
+    assert plan(running=[decoding(4)], free_pages=0) == StepPlan((), (), retracted=(0,))
+
+
+views = st.builds(
+    lambda computed, remaining: RequestView(computed, remaining, pages_for(computed, PAGE)),
+    computed=st.integers(0, 60),
+    remaining=st.one_of(st.just(1), st.integers(1, 60)),
+)
+
+
+@given(
+    running=st.lists(views, max_size=8),
+    waiting=st.lists(st.integers(1, 60).map(prompt), max_size=8),
+    free_pages=st.integers(0, 60),
+    budget=st.integers(1, 40),
+)
+def test_a_plan_never_exceeds_pages_budget_or_slots(running, waiting, free_pages, budget):
+    max_running = 8
+    result = plan(running, waiting, free_pages, budget, max_running)
+    scheduled = dict(result.running)
+    assert not set(scheduled) & set(result.retracted)
+    assert result.retracted == tuple(range(len(running) - 1, len(running) - 1 - len(result.retracted), -1))
+    kept = len(running) - len(result.retracted)
+    assert kept + len(result.admitted) <= max(max_running, kept)
+    free = free_pages + sum(running[index].pages for index in result.retracted)
+    for index, tokens in scheduled.items():
+        request = running[index]
+        assert 1 <= tokens <= request.remaining
+        free -= pages_for(request.computed + tokens, PAGE) - request.pages
+    for request, tokens in zip(waiting, result.admitted, strict=False):
+        assert 1 <= tokens <= request.remaining
+        free -= pages_for(tokens, PAGE)
+    assert free >= 0
+    prefill = sum(tokens for index, tokens in scheduled.items() if running[index].remaining > 1)
+    assert prefill + sum(result.admitted) <= budget
+
+
+@given(running=st.lists(views, min_size=1, max_size=8), free_pages=st.integers(16, 60), budget=st.integers(1, 40))
+def test_the_oldest_request_always_gets_on(running, free_pages, budget):
+    assert dict(plan(running, (), free_pages, budget).running).get(0, 0) >= 1
