@@ -66,7 +66,8 @@ def test_a_second_signal_stops_at_once(tmp_path):
     with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "60") as server:
         ranks = server.rank_processes()
         with server.client.stream("POST", "/generate", json=LONG) as response:
-            next(events(response))
+            stream = events(response)  # kept: httpx closes a response whose iterator is dropped
+            next(stream)
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
             server.process.send_signal(signal.SIGINT)
@@ -99,7 +100,8 @@ def test_a_killed_server_takes_its_ranks_with_it(tmp_path):
 def test_a_client_that_goes_away_ends_its_request(tmp_path):
     with launch(tmp_path / "log", *TWO_RANKS) as server:
         with server.client.stream("POST", "/generate", json=LONG) as response:
-            next(events(response))
+            stream = events(response)  # kept: httpx closes a response whose iterator is dropped
+            next(stream)
             assert sum(server.info()["requests_per_rank"]) == 1
         deadline = time.monotonic() + 5
         while sum(server.info()["requests_per_rank"]) and time.monotonic() < deadline:
