@@ -1,17 +1,12 @@
-# ruff: noqa: E402 - imported only where triton is installed
 """The Triton twins of the wire row, compiled, give the bytes of the torch twins."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+import triton
 import triton.language as tl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import wire_row_cases as cases
 from nibble.kernels.torch import wire_row as reference
 from nibble.kernels.torch.nvfp4 import input_scale_from_amax

@@ -3,10 +3,6 @@
 Where there is a GPU, test/gpu/test_wire_row_gpu.py runs them compiled instead.
 """
 
-import importlib
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,21 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-if torch.cuda.is_available():
-    pytest.skip("the compiled kernels are tested in test/gpu", allow_module_level=True)
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
-os.environ["TRITON_INTERPRET"] = "1"
-if "triton" in sys.modules:  # imported by another package, for compiling: read its own kernels again
-    importlib.reload(importlib.import_module("triton.language.standard"))
-    importlib.reload(importlib.import_module("triton.language"))
-
 import wire_row_cases as cases
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4
 from nibble.kernels.torch.wire_row import WireRowLayout
 from nibble.kernels.triton import wire_row
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested in test/gpu")
 
 layouts = st.builds(WireRowLayout, st.integers(1, 20).map(lambda blocks: blocks * 16), st.integers(1, 9))
 seeds = st.integers(0, 2**32 - 1)
