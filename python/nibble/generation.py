@@ -17,6 +17,8 @@ class GenerationRequest:
     """The DP rank to run on; None leaves the choice to the load balancer."""
     return_logprob: bool = False
     top_logprobs_num: int = 0
+    update_interval: int = 1
+    """Tokens between two snapshots of the output, besides the last."""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class NcclStandIn:
         self.async_error = 0
         self.ended: list[tuple[str, int]] = []  # ("destroy" or "abort", rank)
         self.group_depth = 0
+        self.deepest_group = 0
         self.groups = 0
         self._ranks: dict[int, int] = {}  # by communicator
         self._unique_ids: set[bytes] = set()
@@ -136,6 +137,7 @@ class NcclStandIn:
 
     def _group_start(self) -> None:
         self.group_depth += 1
+        self.deepest_group = max(self.deepest_group, self.group_depth)
         self.groups += 1
 
     def _group_end(self) -> None:

@@ -6,15 +6,20 @@ Each case runs one forward pass of a small NVFP4 Qwen3-MoE with random weights i
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from nibble.distributed.communicator import Communicator
 from nibble.distributed.parallel_state import initialize_parallel
 from nibble.model_executor.model_runner import ModelRunner
+from nibble.models.qwen3 import Qwen3Attention
 from rank_processes import Rank, RankProcesses
 from runners import all_logits, engine_config
 
@@ -22,14 +27,17 @@ SIZES = {
     1: [[5]],
     2: [[4, 4], [7, 2], [0, 3], [3, 0]],
     3: [[2, 2, 2], [5, 1, 3], [0, 4, 1], [4, 0, 1], [4, 1, 0], [0, 0, 2]],
-    4: [[2, 2, 2, 2], [1, 6, 2, 3], [0, 3, 0, 1]],
+    4: [[2, 2, 2, 2], [1, 6, 2, 3], [0, 3, 0, 1], [2, 0, 5, 1], [1, 1, 4, 0]],
 }
+"""Rows of every rank: even, uneven, and every rank idle in turn."""
+COLLECTIVES = ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "broadcast", "barrier")
+LAYERS = 3
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -64,12 +72,30 @@ def prompt(rank: int, length: int) -> list[int]:
 
 
 def forward(rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str) -> dict:
-    """One prefill with `sizes[rank]` tokens on each rank; their logits, and what the rank sent to the gathers."""
+    """One prefill with `sizes[rank]` tokens on each rank: the rank's logits, and what it did for them."""
     torch.set_num_threads(1)
+    runner = shared_runner(rank, Path(folder), fp4, backend)
+    mine = prompt(rank.rank, sizes[rank.rank])
+    with recorded_collectives(runner.parallel.dp_group) as collectives, recorded_attention() as attention_rows:
+        if mine:
+            (logits,) = all_logits(runner, [mine], global_num_tokens=sizes)
+        else:
+            logits = runner.forward(None, sizes)
+    return {
+        "bits": hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest(),
+        "logits": logits.tolist(),
+        "collectives": [name for name, _ in collectives],
+        "gathers": [tensors for name, tensors in collectives if name == "all_gatherv"],
+        "attention_rows": attention_rows,
+    }
+
+
+def shared_runner(rank: Rank, folder: Path, fp4: bool, backend: str) -> ModelRunner:
+    """The runner of all tests with these arguments, one after the other."""
     name = f"runner {fp4} {backend}"
     if name not in rank.state:
         config = engine_config(
-            Path(folder),
+            folder,
             load_format="dummy",
             tp_size=rank.world_size,
             dp_size=rank.world_size,
@@ -84,29 +110,41 @@ def forward(rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str) 
         run_dir = rank.run_dir / name.replace(" ", "-")
         run_dir.mkdir(mode=0o700, exist_ok=True)
         rank.state[name] = ModelRunner(config, initialize_parallel(config, rank.rank, run_dir))
-    runner = rank.state[name]
-    gathers: list[list[list[object]]] = []
-    group = runner.parallel.dp_group
-    original = type(group).all_gatherv
+    runner: ModelRunner = rank.state[name]
+    return runner
 
-    def spy(tensors, sizes):
-        gathers.append([[str(tensor.dtype), tensor.shape[1]] for tensor in tensors])
-        return original(group, tensors, sizes)
 
-    group.all_gatherv = spy
-    try:
-        mine = prompt(rank.rank, sizes[rank.rank])
-        if mine:
-            (logits,) = all_logits(runner, [mine], global_num_tokens=sizes)
-        else:
-            logits = runner.forward(None, sizes)
-    finally:
-        del group.all_gatherv
-    return {
-        "bits": hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest(),
-        "logits": logits.tolist(),
-        "gathers": gathers,
-    }
+@contextmanager
+def recorded_collectives(group: Communicator) -> Iterator[list[tuple[str, list[list[object]]]]]:
+    """Every collective that the rank enters, with dtype and width of each tensor that it brings."""
+    entered: list[tuple[str, list[list[object]]]] = []
+
+    def recording(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*arguments: Any) -> Any:
+            brought = arguments[0] if arguments and isinstance(arguments[0], list) else arguments[:1]
+            entered.append((name, [[str(tensor.dtype), tensor.shape[1]] for tensor in brought]))
+            return collective(*arguments)
+
+        return record
+
+    with ExitStack() as patches:
+        for name in COLLECTIVES:
+            patches.enter_context(mock.patch.object(group, name, recording(name, getattr(group, name))))
+        yield entered
+
+
+@contextmanager
+def recorded_attention() -> Iterator[list[int]]:
+    """The rows that attention gets in each layer."""
+    rows: list[int] = []
+    original = Qwen3Attention.__call__
+
+    def record(self: Qwen3Attention, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return original(self, x, *arguments)
+
+    with mock.patch.object(Qwen3Attention, "__call__", record):
+        yield rows
 
 
 def cases(processes: RankProcesses) -> list[list[int]]:
@@ -132,16 +170,21 @@ def test_the_backends_give_the_same_bits(ranks, checkpoint):
         assert [r["bits"] for r in results[0]] == [r["bits"] for r in results[1]], sizes
 
 
-def test_each_partial_sum_is_reduced_exactly_once_for_even_uneven_and_idle_ranks(ranks, checkpoint):
-    """Reducing twice multiplies the experts' output, not at all loses other ranks' experts; both are far off."""
+@pytest.mark.parametrize("fp4", [True, False])
+def test_the_experts_output_is_not_reduced_again_after_its_one_reduce_scatter(ranks, checkpoint, fp4):
+    """And nothing else travels: the sizes came with the step."""
+    for sizes in cases(ranks):
+        for result in ranks.run(forward, folder=str(checkpoint), sizes=sizes, fp4=fp4, backend="shared_memory"):
+            assert result["collectives"] == ["all_gatherv", "reduce_scatterv"] * LAYERS, sizes
+
+
+@pytest.mark.parametrize("fp4", [True, False])
+def test_the_experts_output_is_reduced_on_even_uneven_and_idle_ranks_alike(ranks, checkpoint, fp4):
+    """Without it the experts of other ranks would be missing."""
     alone = single_rank_logits(checkpoint, ranks.world_size)
     for sizes in cases(ranks):
-        results = ranks.run(forward, folder=str(checkpoint), sizes=sizes, fp4=True, backend="shared_memory")
-        for rank, (result, size) in enumerate(zip(results, sizes, strict=True)):
-            if size:
-                ours, expected = torch.tensor(result["logits"]), alone[rank][:size]
-                # Sums over ranks round differently, and FP4 turns some of that into steps of its own.
-                assert float((ours - expected).norm() / expected.norm()) < 0.05, (sizes, rank)
+        results = ranks.run(forward, folder=str(checkpoint), sizes=sizes, fp4=fp4, backend="shared_memory")
+        assert_agree(results, alone, sizes)
 
 
 def test_one_packed_buffer_travels_per_layer_not_a_list(ranks, checkpoint):
@@ -152,17 +195,42 @@ def test_one_packed_buffer_travels_per_layer_not_a_list(ranks, checkpoint):
     ):
         results = ranks.run(forward, folder=str(checkpoint), sizes=sizes, fp4=fp4, backend="shared_memory")
         for result in results:
-            assert result["gathers"] == [expected] * 3, "one gather in each of the three layers"
+            assert result["gathers"] == [expected] * LAYERS
 
 
-def test_an_idle_rank_enters_every_collective(ranks, checkpoint):
-    """It would hang or be refused otherwise; and it enters as many as the busy ones."""
+def test_an_idle_rank_enters_every_collective_that_its_peers_enter(ranks, checkpoint):
     for sizes in cases(ranks):
         results = ranks.run(forward, folder=str(checkpoint), sizes=sizes, fp4=True, backend="shared_memory")
-        assert len({len(result["gathers"]) for result in results}) == 1
+        assert len({tuple(result["collectives"]) for result in results}) == 1, sizes
+
+
+def test_zero_rows_on_each_rank_in_turn_leave_the_others_their_logits(ranks, checkpoint):
+    alone = single_rank_logits(checkpoint, ranks.world_size)
+    for empty in range(ranks.world_size):
+        sizes = [0 if rank == empty else 3 + rank for rank in range(ranks.world_size)]
+        for fp4 in (True, False):
+            results = ranks.run(forward, folder=str(checkpoint), sizes=sizes, fp4=fp4, backend="shared_memory")
+            assert results[empty]["logits"] == []
+            assert_agree(results, alone, sizes)
+
+
+def test_no_rank_pads_its_rows_to_the_sum_over_all_ranks_before_attention(ranks, checkpoint):
+    for sizes in cases(ranks):
+        results = ranks.run(forward, folder=str(checkpoint), sizes=sizes, fp4=True, backend="shared_memory")
+        for result, size in zip(results, sizes, strict=True):
+            assert result["attention_rows"] == ([size] * LAYERS if size else []), sizes
 
 
 def single_rank_logits(folder: Path, world_size: int) -> list[torch.Tensor]:
     config = engine_config(folder, load_format="dummy", log_level="error", enable_flashinfer_cutlass_moe=True)
     runner = ModelRunner(config, initialize_parallel(config, 0, folder))
     return [all_logits(runner, [prompt(rank, 8)])[0] for rank in range(world_size)]
+
+
+def assert_agree(results: list[dict], alone: list[torch.Tensor], sizes: list[int]) -> None:
+    """The logits of every rank are those of a single rank."""
+    for rank, (result, size) in enumerate(zip(results, sizes, strict=True)):
+        if size:
+            ours, expected = torch.tensor(result["logits"]), alone[rank][:size]
+            # Sums over ranks round differently, and FP4 turns some of that into steps of its own.
+            assert float((ours - expected).norm() / expected.norm()) < 0.05, (sizes, rank)

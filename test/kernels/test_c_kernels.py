@@ -5,13 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nibble.kernels.cpu import norm as c_norm
 from nibble.kernels.cpu import nvfp4 as c_nvfp4
 from nibble.kernels.cpu.library import address, c_kernels
-from nibble.kernels.cpu.norm import rms_norm as c_rms_norm
+from nibble.kernels.cpu.topk import topk_softmax as c_topk_softmax
 from nibble.kernels.torch import fused_moe as torch_moe
-from nibble.kernels.torch.norm import rms_norm
+from nibble.kernels.torch import norm as torch_norm
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, fake_quantize_nvfp4, quantize_nvfp4, quantize_nvfp4_weight
 from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
+from nibble.kernels.torch.topk import topk_softmax
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack, unpack
 from nibble.utils import c_library
 from nibble.utils.c_library import CompileError, build_c_library
@@ -20,9 +22,10 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 48, 6, 3
 
 
 def c_fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
-    out = torch.empty_like(x)
-    c_kernels().fake_quantize_nvfp4(address(x), *x.shape, scale, address(out))
-    return out
+    codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), x.shape[1] // 16)
+    c_kernels().quantize_rows(address(x), *x.shape, scale, address(codes), address(scales))
+    values = (codes.float() - 12) / 2
+    return torch.where(x.signbit(), -values.abs(), values) * scales.repeat_interleave(16, 1)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -131,21 +134,55 @@ def test_a_row_of_experts_depends_on_nothing_but_itself():
     assert together.isnan().any(1).nonzero().flatten().tolist() == [4]
 
 
-@pytest.mark.parametrize("shape", [(5, 64), (3, 4, 32), (0, 64)])
-def test_rms_norm_agrees_on_contiguous_rows_and_on_views(shape):
+@pytest.mark.parametrize(("rows", "columns"), [(5, 64), (3, 20), (1, 7), (0, 64)])
+def test_rms_norm_agrees_on_contiguous_rows_and_on_views(rows, columns):
     torch.manual_seed(0)
-    weight = torch.randn(shape[-1])
-    wide = torch.randn(*shape[:-1], 2 * shape[-1])
-    for x in (wide[..., : shape[-1]].contiguous(), wide[..., : shape[-1]]):
-        torch.testing.assert_close(c_rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6), rtol=2e-6, atol=1e-6)
+    weight, wide = torch.randn(columns), torch.randn(rows, 2 * columns)
+    for x in (wide[:, :columns].contiguous(), wide[:, :columns], wide[:, ::2]):
+        torch.testing.assert_close(
+            c_norm.rms_norm(x, weight, 1e-6), torch_norm.rms_norm(x, weight, 1e-6), rtol=2e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 16), (4, 64), (3, 20)])
+def test_heads_are_normalized_and_rotated_in_place_of_a_wider_row(heads, size):
+    torch.manual_seed(0)
+    qkv = torch.randn(5, 2 * heads, size)
+    weight, positions = torch.randn(size), torch.tensor([0, 3, 1, 9, 9])
+    tables = torch.randn(10, size), torch.randn(10, size)
+    for x in (qkv, qkv[:, heads:], qkv[:, ::2], qkv[:0]):
+        arguments = (x, weight, 1e-6, positions[: len(x)], *tables)
+        torch.testing.assert_close(c_norm.norm_rope(*arguments), torch_norm.norm_rope(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(24, 4), (128, 8), (5, 5), (256, 1)])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_the_router_chooses_the_same_experts(experts, top_k, renormalize):
+    torch.manual_seed(experts)
+    logits = torch.randn(7, experts) * 4
+    ids, weights = c_topk_softmax(logits, top_k, renormalize)
+    expected_ids, expected = topk_softmax(logits, top_k, renormalize)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_equal_experts_come_in_order_and_a_row_with_nan_stays_in_range_and_nan():
+    logits = torch.zeros(3, 20)
+    logits[1, 7] = torch.nan
+    ids, weights = c_topk_softmax(logits, 4, True)
+    assert ids.tolist() == [[0, 1, 2, 3]] * 3
+    assert weights[[0, 2]].tolist() == [[0.25] * 4] * 2
+    assert weights[1].isnan().all()
 
 
 def test_a_source_is_compiled_once_and_an_error_shows_what_the_compiler_said(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     build_c_library.cache_clear()
-    good, bad = tmp_path / "good.c", tmp_path / "bad.c"
-    good.write_text("int one(void) { return 1; }")
-    bad.write_text("int one(void) { return undeclared; }")
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder, value in ((good, "ONE"), (bad, "undeclared")):
+        folder.mkdir()
+        (folder / "one.h").write_text("#define ONE 1")
+        (folder / "one.c").write_text(f'#include "one.h"\nint one(void) {{ return {value}; }}')
     library = build_c_library(good)
     written = library.stat().st_mtime_ns
     build_c_library.cache_clear()
@@ -153,6 +190,9 @@ def test_a_source_is_compiled_once_and_an_error_shows_what_the_compiler_said(tmp
     with pytest.raises(CompileError, match="undeclared"):
         build_c_library(bad)
     assert [path.name for path in library.parent.iterdir()] == [library.name]
+    (good / "one.h").write_text("#define ONE 2")
+    build_c_library.cache_clear()
+    assert build_c_library(good) != library, "a header is part of the source"
     monkeypatch.setattr(c_library.shutil, "which", lambda _: None)
     build_c_library.cache_clear()
     with pytest.raises(CompileError, match="no C compiler"):

@@ -14,10 +14,10 @@ from torch import Tensor
 from checkpoints import edit_tensors, quantize_to_nvfp4, save_qwen3, save_qwen3_moe
 from nibble.distributed.communicator import SingleRankCommunicator
 from nibble.distributed.parallel_state import ParallelState
+from nibble.kernels.torch.topk import topk_softmax
 from nibble.layers.linear import Linear
 from nibble.layers.moe.fused_moe import FusedMoE
 from nibble.layers.moe.token_dispatcher import GatheredRows
-from nibble.layers.moe.topk import select_experts
 from nibble.model_executor import weight_loader
 from nibble.model_executor.weight_loader import load_weights
 from nibble.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -230,7 +230,7 @@ def test_the_ranks_partial_sums_add_up_to_those_of_a_single_rank(any_format, loa
     """So every expert is on one rank, with the same weights, and sees the same rows."""
     generator = torch.Generator().manual_seed(0)
     x, router_logits = torch.randn(20, 64, generator=generator), torch.randn(20, NUM_EXPERTS, generator=generator)
-    rows = GatheredRows(x, *select_experts(router_logits, 3, renormalize=True))
+    rows = GatheredRows(x, *topk_softmax(router_logits, 3, renormalize=True))
     alone = loaded(any_format, load_format=load_format)
     parts = [loaded(any_format, rank, world_size, load_format=load_format) for rank in range(world_size)]
     for layer in range(len(alone.decoder)):
@@ -256,8 +256,9 @@ def test_dummy_weights_need_no_file_and_fill_every_weight(without_files):
 
 
 def matrix(linear: Linear) -> torch.Tensor:
-    """The weights of a linear layer, quantized or not."""
-    return getattr(linear, "matmul", linear).weight
+    """The weights of a linear layer, or the codes of quantized ones."""
+    weight = getattr(linear, "matmul", linear).weight
+    return weight if isinstance(weight, torch.Tensor) else weight.codes
 
 
 def test_dummy_weights_are_the_same_at_every_start_and_on_every_rank(without_files):

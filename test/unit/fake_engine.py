@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+from starlette.types import Send
 
 from nibble.entrypoints.engine_protocol import EngineState
 from nibble.entrypoints.http_server import create_app
@@ -16,6 +17,15 @@ from nibble.tokenizer.detokenizer import IncrementalDetokenizer
 from nibble.utils.errors import EngineDeadError, OverloadedError
 from tiny_tokenizer import tiny_tokenizer
 
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "Hi"}]
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Hi"},
+    CHAT: {"messages": HELLO},
+    "/generate": {"text": "Hi"},
+}
+"""The smallest request to each route that generates."""
 REPLY = "Hello, 世界 😀! <div>it's 1234 o'clock</div>"
 
 
@@ -198,3 +208,40 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert content.keys() == {"error"}
     assert content["error"].keys() == {"message", "type", "param", "code"}
     return content["error"]
+
+
+async def conversation(
+    api: Api,
+    path: str,
+    body: dict[str, Any],
+    sent: list[dict[str, Any]],
+    leave: asyncio.Event | None = None,
+    send: Send | None = None,
+) -> None:
+    """One request, spoken in ASGI; the client disconnects once `leave` is set."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "server": ("test", 80),
+        "client": ("test", 1),
+        "scheme": "http",
+        "root_path": "",
+    }
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await (leave or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    await api.app(scope, receive, send or keep)

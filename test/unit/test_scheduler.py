@@ -25,7 +25,7 @@ def make_scheduler(num_pages: int = 16, budget: int = 8, max_running: int = 4) -
 
 def make_request(name: str, prompt: int, max_new_tokens: int, **sampling: object) -> Request:
     params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)  # type: ignore[arg-type]
-    return Request(NewRequest(1, name, list(range(1, prompt + 1)), params, 0, False, 0))
+    return Request(NewRequest(1, name, list(range(1, prompt + 1)), params, 0, False, 0, 1))
 
 
 def finish(scheduler: Scheduler, step: Sequence[ScheduledRequest], token: int | None = 7) -> list[object]:

@@ -15,7 +15,8 @@ from nibble.utils.c_library import CompileError, build_c_library
 from nibble.utils.capability import available_memory_bytes, capability
 from nibble.utils.errors import ConfigError
 
-CPU_KERNELS_SOURCE = Path(__file__).parents[1] / "kernels" / "cpu" / "kernels.c"
+RENDEZVOUS = Path(__file__).parents[1] / "distributed"
+CPU_KERNELS = Path(__file__).parents[1] / "kernels" / "cpu"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -35,7 +36,7 @@ class EngineConfig:
     moe_kernel: str
     cpu_kernels: str
     no_c_kernels: str | None
-    """Why auto did not choose the C kernels, if so."""
+    """Why auto did not choose what is written in C (kernels, shared memory), if so."""
     cpu_collectives: str
     cpu_threads: int
     context_length: int
@@ -72,7 +73,8 @@ def resolve(args: ServerArgs) -> EngineConfig:
     machine = capability()
     device = _resolve_device(args)
     dtype = "float32" if args.dtype == "auto" else args.dtype
-    cpu_kernels, no_c_kernels = _resolve_cpu_kernels(args)
+    cpu_kernels, no_c_kernels = _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
+    cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
     context_length, num_pages = _resolve_memory(args, model, parallel, dtype)
     return EngineConfig(
         args=args,
@@ -87,7 +89,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
         moe_kernel=_resolve_moe_kernel(args, cpu_kernels),
         cpu_kernels=cpu_kernels,
         no_c_kernels=no_c_kernels,
-        cpu_collectives="shared_memory" if args.cpu_collectives == "auto" else args.cpu_collectives,
+        cpu_collectives=cpu_collectives,
         cpu_threads=args.cpu_threads or max(1, machine.cpu_cores // parallel.world_size),
         context_length=context_length,
         num_pages=num_pages,
@@ -127,17 +129,17 @@ def _resolve_device(args: ServerArgs) -> str:
     return "cpu"
 
 
-def _resolve_cpu_kernels(args: ServerArgs) -> tuple[str, str | None]:
-    """The kernels, and why auto had to do without C."""
-    if args.cpu_kernels == "torch":
-        return "torch", None
+def _resolve_c(asked: str, flag: str, sources: Path, compiled: str, otherwise: str) -> tuple[str, str | None]:
+    """The choice between something written in C and what does without, and why auto had to do without."""
+    if asked == otherwise:
+        return otherwise, None
     try:
-        build_c_library(CPU_KERNELS_SOURCE)
+        build_c_library(sources)
     except CompileError as error:
-        if args.cpu_kernels == "c":
-            raise ConfigError(f"--cpu-kernels c: {error}; use --cpu-kernels torch or auto") from error
-        return "torch", str(error)
-    return "c", None
+        if asked == compiled:
+            raise ConfigError(f"{flag} {compiled}: {error}; use {flag} {otherwise} or auto") from error
+        return otherwise, str(error)
+    return compiled, None
 
 
 def _resolve_moe_kernel(args: ServerArgs, cpu_kernels: str) -> str:

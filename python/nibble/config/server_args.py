@@ -62,7 +62,7 @@ class ServerArgs:
     device: str = flag("auto", "Device that runs the model.", choices=("auto", "cpu", "cuda"))
     cpu_collectives: str = flag(
         "auto",
-        "Collectives between CPU ranks. auto: shared_memory, since all ranks share one host.",
+        "Collectives between CPU ranks. auto: shared_memory where there is a C compiler.",
         choices=("auto", "shared_memory", "gloo"),
     )
     cpu_kernels: str = flag(

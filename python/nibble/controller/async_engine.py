@@ -186,6 +186,7 @@ class AsyncEngine:
             seed=seed if seed is not None else secrets.randbits(63),
             return_logprob=request.return_logprob,
             top_logprobs_num=request.top_logprobs_num,
+            update_interval=request.update_interval,
         )
         for peer in range(self.dp_size):
             self._send(peer, message if peer == rank else Wake(self._sequence))

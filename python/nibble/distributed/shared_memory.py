@@ -1,27 +1,27 @@
-"""Collectives between the ranks of one host: data through shared memory, signals through sockets. Linux.
+"""Collectives between the ranks of one host, through shared memory. Linux; needs a C compiler, once.
 
-Every rank owns one segment of shared memory made of two halves (a memfd: it has no name, so nothing is left
-behind however a rank dies) and maps those of its peers. Each pair of ranks is joined by a Unix socket that
-carries headers and never data. A collective is one round, or several when a payload is larger than a half:
+Every rank owns one segment of shared memory (a memfd: it has no name, so nothing is left behind however a rank
+dies) and maps those of its peers. It begins with a board, on which the rank announces its rounds, and two halves
+follow. Each pair of ranks is joined by a Unix socket, over which they swap segments, and which tells a rank that
+waits whether its peer is still alive. A collective is one round, or several when a payload is larger than a half:
 
-    write into the own half -> ring every peer -> wait until every peer has rung -> read the peers' halves
+    write into the own half -> announce the round -> wait until every peer has -> read the peers' halves
 
 No half is overwritten while somebody reads it. Round n uses half n % 2 of every segment, so a rank writes over
-its round n in round n + 2, hence after it finished round n + 1, hence after every peer rang for round n + 1. A
-peer rings for round n + 1 only after it finished round n, its reads included. So one rendezvous a round is
+its round n in round n + 2, hence after it finished round n + 1, hence after every peer announced round n + 1. A
+peer announces round n + 1 only after it finished round n, its reads included. So one rendezvous a round is
 enough, and a fast rank may write its next round while a slow one still reads the previous.
 
-Memory order: a rank writes before it sends, reads a peer's half after it received, and ends the reads of a round
-before it sends for the next. Both calls take the socket's lock in the kernel, which orders them on every
-architecture.
+Announcing a round releases what was written before, and seeing it acquires that; see rendezvous.c.
 
-A header holds the round, the collective and a hash of sizes, widths and dtype. All ranks of a round must send the
-same one, so ranks that are out of step get an error instead of each other's bytes.
+A header stands beside a round on the board. It holds the round, the collective and a hash of sizes, widths and
+dtype. All ranks of a round must have the same one, so ranks that are out of step get an error instead of each
+other's bytes.
 """
 
 import ctypes
 import errno
-import math
+import functools
 import mmap
 import os
 import re
@@ -38,18 +38,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nibble.config.resolve import RENDEZVOUS
 from nibble.distributed.communicator import SUMMABLE_DTYPES, CollectiveError, Communicator, PeerError, sum_in_rank_order
+from nibble.utils.c_library import build_c_library
 
 COLLECTIVES = (
     "barrier", "broadcast", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "all_reduce",
 )  # fmt: skip
 HEADER = struct.Struct("<IIq")  # round, index into COLLECTIVES, hash of what travels
-MAX_MESSAGE = 1024  # bytes: a header, or the text with which a rank that failed says why
+MAX_MESSAGE = 1024  # bytes of the text with which a rank that failed says why
+BOARD_BYTES, ROUND_BYTES = 128, 64  # of rendezvous.c: the whole board, and what precedes its headers
 HELLO = struct.Struct("<IIQ")  # rank, world size, buffer_bytes
 
-SPINS = 10
-YIELDS = 200
-"""How often a rank looks for headers keeping its core, and then yielding it, before it sleeps until one comes."""
+SILENT, ANNOUNCED = 0, 1  # what await_peer returns
+
+SPINS = 300
+YIELDS = 1000
+"""How often a rank looks at a board keeping its core, and then yielding it, before it sleeps until it is told."""
+
+SLEEP_MS = 20
+"""How long it sleeps before it makes sure that the peer is alive."""
 
 Regions = Sequence[tuple[int, int]]  # (address, bytes): where the parts of one rank's payload lie in memory
 
@@ -81,21 +89,26 @@ class SharedMemoryCommunicator(Communicator):
         self._slot_bytes = buffer_bytes // world_size // 64 * 64
         self._round = 0
         hello = HELLO.pack(rank, world_size, buffer_bytes)
+        size = BOARD_BYTES + 2 * buffer_bytes
         try:
-            self._links, self._segments = _join(rank, world_size, run_dir, name, timeout_s, hello, 2 * buffer_bytes)
+            self._links, self._segments = _join(rank, world_size, run_dir, name, timeout_s, hello, size)
         except (PeerError, ConnectionError) as error:
             reason = error if isinstance(error, PeerError) else "a peer left while joining"
             raise CollectiveError(f"joining group {name!r}, rank {rank}: {reason}") from error
+        self._library = _rendezvous()
         self._addresses = [_address(segment) for segment in self._segments]
         # With fewer cores than ranks, a rank that looks keeps a core from the peer that it waits for.
         has_core = world_size <= len(os.sched_getaffinity(0))
-        self._spins, self._looks = (SPINS, SPINS + YIELDS) if has_core else (0, 0)
+        self._spins, self._yields = (SPINS, YIELDS) if has_core else (0, 0)
 
     def close(self) -> None:
         for link in self._links.values():
             if self._closed_because:  # after a failure; the peers would only see that this rank left
                 with suppress(OSError):
                     link.send(self._closed_because.encode()[:MAX_MESSAGE])
+        if self._links and self._closed_because:
+            self._library.fail(self._addresses[self.rank])
+        for link in self._links.values():
             link.close()
         super().close()
         self._links = {}
@@ -114,7 +127,7 @@ class SharedMemoryCommunicator(Communicator):
         for begin in range(0, max(sizes) * sum(widths), self._half_bytes):
             own, half = self._next_half()
             _pack(own, source, begin, self._half_bytes)
-            self._ring(hash((sizes, widths)))
+            self._announce(hash((sizes, widths)))
             if begin == 0:
                 for (address, count), (target, _) in zip(source, regions[self.rank], strict=True):
                     ctypes.memmove(target, address, count)
@@ -137,7 +150,7 @@ class SharedMemoryCommunicator(Communicator):
                 count = min(slot_bytes, sizes[peer] * width - begin)
                 if count > 0:
                     ctypes.memmove(own + peer * slot_bytes, x.data_ptr() + starts[peer] + begin, count)
-            self._ring(signature)
+            self._announce(signature)
             self._wait()
             first, last = begin // itemsize, min(begin + slot_bytes, output.nbytes) // itemsize
             if first < last:
@@ -160,73 +173,58 @@ class SharedMemoryCommunicator(Communicator):
             own, half = self._next_half()
             if self.rank == src:
                 _pack(own, region, begin, self._half_bytes)
-            self._ring(hash((src, x.nbytes)))
+            self._announce(hash((src, x.nbytes)))
             self._wait()
             if self.rank != src:
                 _unpack(self._addresses[src] + half, region, begin, self._half_bytes)
 
     def _barrier(self) -> None:
         self._next_half()
-        self._ring(0)
+        self._announce(0)
         self._wait()
 
     def _next_half(self) -> tuple[int, int]:
         """Starts a round. Returns where to write, and the offset of this round's half in every segment."""
         self._round = (self._round + 1) & 0xFFFFFFFF
-        half = (self._round & 1) * self._half_bytes
+        half = BOARD_BYTES + (self._round & 1) * self._half_bytes
         return self._addresses[self.rank] + half, half
 
-    def _ring(self, signature: int) -> None:
+    def _announce(self, signature: int) -> None:
         self._header = HEADER.pack(self._round, COLLECTIVES.index(self._collective), signature)
-        try:
-            for link in self._links.values():
-                link.send(self._header)
-        except OSError:
-            raise self._gone() from None
+        self._library.announce(self._addresses[self.rank], self._round, self._header)
 
     def _wait(self) -> None:
-        pending = self._silent(self._links)
-        for look in range(self._looks):
-            if not pending:
-                return
-            if look >= self._spins:
-                os.sched_yield()
-            pending = self._silent(pending)
+        """Until every peer has announced this round, with the same header."""
+        place = ROUND_BYTES + (self._round & 1) * HEADER.size
+        for peer, link in self._links.items():
+            if self._library.await_peer(self._addresses[peer], self._round, self._spins, self._yields, 0) != ANNOUNCED:
+                self._sleep_until_announced(peer, link)
+            header = self._segments[peer][place : place + HEADER.size]
+            if header != self._header:
+                raise PeerError(_out_of_step(peer, header, self._header))
+
+    def _sleep_until_announced(self, peer: int, link: socket.socket) -> None:
         deadline = time.monotonic() + self._timeout_s
-        while pending:
-            poll = select.poll()
-            for link in pending.values():
-                poll.register(link, select.POLLIN)
-            if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
-                raise PeerError(f"{_ranks(pending)} did not arrive within {self._timeout_s:g} s")
-            pending = self._silent(pending)
+        poll = select.poll()
+        poll.register(link, select.POLLIN)  # readable when it was closed, with or without words
+        while self._state(peer, SLEEP_MS) != ANNOUNCED:
+            if poll.poll(0) and self._state(peer) != ANNOUNCED:
+                raise self._gone()
+            if time.monotonic() > deadline:
+                silent = [peer for peer in self._links if self._state(peer) == SILENT]
+                raise PeerError(f"{_ranks(silent)} did not arrive within {self._timeout_s:g} s")
 
-    def _silent(self, links: dict[int, socket.socket]) -> dict[int, socket.socket]:
-        """The peers among `links` that have not rung yet."""
-        return {peer: link for peer, link in links.items() if not self._has_rung(peer, link)}
-
-    def _has_rung(self, peer: int, link: socket.socket) -> bool:
-        try:
-            header = link.recv(MAX_MESSAGE)
-        except BlockingIOError:
-            return False
-        except OSError:
-            raise self._gone() from None
-        if not header:
-            raise self._gone()
-        if len(header) != HEADER.size:
-            raise PeerError(f"rank {peer} gave up: {header.decode(errors='replace')}")
-        if header != self._header:
-            raise PeerError(_out_of_step(peer, header, self._header))
-        return True
+    def _state(self, peer: int, milliseconds: int = 0) -> int:
+        state: int = self._library.await_peer(self._addresses[peer], self._round, 0, 0, milliseconds)
+        return state
 
     def _gone(self) -> PeerError:
         """Names the peers that hung up without a word; if there is none yet, repeats what another one said."""
         poll = select.poll()
         for link in self._links.values():
-            poll.register(link, 0)  # reports hang-ups only
-        hung_up = {descriptor for descriptor, _ in poll.poll(0)}
-        words = {peer: _last_words(link) for peer, link in self._links.items() if link.fileno() in hung_up}
+            poll.register(link, select.POLLIN)  # there are words, or the end
+        readable = {descriptor for descriptor, _ in poll.poll(0)}
+        words = {peer: _last_words(link) for peer, link in self._links.items() if link.fileno() in readable}
         silent = [peer for peer, text in words.items() if not text]
         if silent:
             return PeerError(f"{_ranks(silent)} left the group: the process died or closed it")
@@ -235,12 +233,9 @@ class SharedMemoryCommunicator(Communicator):
 
 
 def _last_words(link: socket.socket) -> str:
-    """What a peer that hung up said after its last headers, if anything."""
-    for _ in range(4):  # at most an error, two headers and the words
-        with suppress(ConnectionError):  # reported once, ahead of what can still be read
-            message = link.recv(MAX_MESSAGE)
-            if len(message) != HEADER.size:
-                return message.decode(errors="replace")
+    """What a peer that hung up said, if anything."""
+    with suppress(ConnectionError):
+        return link.recv(MAX_MESSAGE).decode(errors="replace")
     return ""
 
 
@@ -280,6 +275,16 @@ def _out_of_step(peer: int, theirs: bytes, ours: bytes) -> str:
         f"rank {peer} is in round {their_round}, {COLLECTIVES[their_collective]}, and this rank in round "
         f"{our_round}, {COLLECTIVES[our_collective]}: all ranks must enter the same collectives in the same order"
     )
+
+
+@functools.cache
+def _rendezvous() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build_c_library(RENDEZVOUS)))
+    library.announce.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_char_p]
+    library.fail.argtypes = [ctypes.c_void_p]
+    library.announce.restype = library.fail.restype = None
+    library.await_peer.argtypes = [ctypes.c_void_p, ctypes.c_uint32] + [ctypes.c_int] * 3
+    return library
 
 
 def _address(segment: mmap.mmap) -> int:

@@ -3,13 +3,16 @@
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nibble.entrypoints.choices import Choice
 from nibble.entrypoints.engine_protocol import EngineClient
 from nibble.entrypoints.errors import GenerationFailedError
 from nibble.generation import GenerationOutput
 from nibble.utils.errors import RequestError
+
+_RARE_UPDATES = 64
+"""Tokens. An aborted generation may miss as many of its last ones."""
 
 OutputGenerator = AsyncGenerator[GenerationOutput, None]
 
@@ -40,7 +43,7 @@ class RunningRequests:
     async def collect(self, choices: Sequence[Choice]) -> list[GenerationOutput]:
         """The finished outputs of all choices, in order."""
         outputs: dict[int, GenerationOutput] = {}
-        async with aclosing(self.stream(choices)) as stream:
+        async with aclosing(self.stream([_reporting_rarely(choice) for choice in choices])) as stream:
             async for index, output in stream:
                 outputs[index] = output
         return [outputs[index] for index in range(len(choices))]
@@ -74,6 +77,13 @@ class RunningRequests:
         finally:
             for client_id in tracked:
                 del self._running[client_id]
+
+
+def _reporting_rarely(choice: Choice) -> Choice:
+    """For a client that sees no snapshot but the last. Stop strings are found in the snapshots, so they need all."""
+    if choice.generation.sampling.stop:
+        return choice
+    return replace(choice, generation=replace(choice.generation, update_interval=_RARE_UPDATES))
 
 
 async def _interleave(streams: Sequence[OutputGenerator]) -> AsyncGenerator[tuple[int, GenerationOutput], None]:

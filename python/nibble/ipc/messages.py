@@ -18,6 +18,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag=True):
     seed: int
     return_logprob: bool
     top_logprobs_num: int
+    update_interval: int
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):
@@ -58,7 +59,7 @@ class TokenUpdate(msgspec.Struct, frozen=True):
 
 
 class TokenBatch(msgspec.Struct, frozen=True, tag=True):
-    """What one step of one rank produced."""
+    """What one step of one rank has to report."""
 
     rank: int
     updates: list[TokenUpdate]

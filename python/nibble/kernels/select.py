@@ -1,7 +1,7 @@
 """Which implementation of each kernel runs. `config.resolve` decides the names, this module finds the functions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from torch import Tensor
@@ -19,6 +19,8 @@ class Kernels:
     """The functions of one machine. Their contracts are those of the torch implementations."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    norm_rope: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor]
+    topk_softmax: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
     quantize_pack: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     nvfp4_linear: Callable[[Tensor, Tensor, Tensor, Tensor], Matmul]
     nvfp4_moe: Callable[[PackedNvfp4Experts, int], Experts]
@@ -29,20 +31,22 @@ def select_kernels(cpu_kernels: str, moe_kernel: str) -> Kernels:
     """`cpu_kernels` and `moe_kernel` are "c" or "torch"."""
     moe = _c_kernels() if moe_kernel == "c" else _torch_kernels()
     rest = _c_kernels() if cpu_kernels == "c" else _torch_kernels()
-    return Kernels(rest.rms_norm, rest.quantize_pack, rest.nvfp4_linear, moe.nvfp4_moe)
+    return replace(rest, nvfp4_moe=moe.nvfp4_moe)
 
 
 def _torch_kernels() -> Kernels:
     from nibble.kernels.torch.fused_moe import Nvfp4MoE
-    from nibble.kernels.torch.norm import rms_norm
+    from nibble.kernels.torch.norm import norm_rope, rms_norm
     from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
+    from nibble.kernels.torch.topk import topk_softmax
     from nibble.kernels.torch.wire_row import quantize_pack
 
-    return Kernels(rms_norm, quantize_pack, Nvfp4Linear, Nvfp4MoE)
+    return Kernels(rms_norm, norm_rope, topk_softmax, quantize_pack, Nvfp4Linear, Nvfp4MoE)
 
 
 def _c_kernels() -> Kernels:
-    from nibble.kernels.cpu.norm import rms_norm
+    from nibble.kernels.cpu.norm import norm_rope, rms_norm
     from nibble.kernels.cpu.nvfp4 import Nvfp4Linear, Nvfp4MoE, quantize_pack
+    from nibble.kernels.cpu.topk import topk_softmax
 
-    return Kernels(rms_norm, quantize_pack, Nvfp4Linear, Nvfp4MoE)
+    return Kernels(rms_norm, norm_rope, topk_softmax, quantize_pack, Nvfp4Linear, Nvfp4MoE)

@@ -2,20 +2,24 @@
 
 import torch
 
+from nibble.config.resolve import EngineConfig
+from nibble.kernels.select import select_kernels
+from nibble.layers.norm import RMSNorm
+from nibble.utils.dtypes import torch_dtype
+
 
 class RotaryEmbedding:
     """Rotates pairs (i, i + head_dim/2) of each head by `position * theta^(-2i/head_dim)`."""
 
-    def __init__(self, head_dim: int, max_position: int, theta: float, dtype: torch.dtype) -> None:
-        inverse_frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.arange(max_position, dtype=torch.float32)[:, None] * inverse_frequency  # [P, D/2]
+    def __init__(self, config: EngineConfig) -> None:
+        size, dtype = config.model.head_dim, torch_dtype(config.dtype)
+        inverse_frequency = config.model.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+        angles = torch.arange(config.context_length, dtype=torch.float32)[:, None] * inverse_frequency  # [P, D/2]
         self.cos = torch.cat([angles.cos(), angles.cos()], dim=-1).to(dtype)  # [P, D]
         # The sign of the first half's sine is folded in: rotating is then one flip of the halves.
         self.signed_sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(dtype)  # [P, D]
+        self.norm_rope = select_kernels(config.cpu_kernels, config.moe_kernel).norm_rope
 
-    def __call__(self, positions: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        """`heads [T, N, D]` at `positions [T]`; returns a new tensor."""
-        cos = self.cos[positions][:, None]  # [T, 1, D]
-        sin = self.signed_sin[positions][:, None]
-        half = heads.shape[-1] // 2
-        return heads * cos + heads.roll(half, dims=-1) * sin
+    def normalized(self, heads: torch.Tensor, norm: RMSNorm, positions: torch.Tensor) -> torch.Tensor:
+        """`heads [T, N, D]`, normalized one by one and rotated to `positions [T]`; a new tensor."""
+        return self.norm_rope(heads, norm.weight, norm.eps, positions, self.cos, self.signed_sin)

@@ -24,25 +24,24 @@ class Qwen3Attention:
     def __init__(self, config: EngineConfig, prefix: str, layer: int, rotary: RotaryEmbedding) -> None:
         model = config.model
         self.layer, self.head_dim, self.rotary = layer, model.head_dim, rotary
-        self.q_size, self.kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        self.heads = [model.num_heads, model.num_kv_heads, model.num_kv_heads]
+        q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self.qkv_proj = make_linear(
             config,
             prefix,
             model.hidden_size,
-            [("q_proj", self.q_size), ("k_proj", self.kv_size), ("v_proj", self.kv_size)],
+            [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)],
             bias=model.attention_bias,
         )
-        self.o_proj = make_linear(
-            config, prefix, self.q_size, [("o_proj", model.hidden_size)], bias=model.attention_bias
-        )
+        self.o_proj = make_linear(config, prefix, q_size, [("o_proj", model.hidden_size)], bias=model.attention_bias)
         self.q_norm = RMSNorm(config, model.head_dim)
         self.k_norm = RMSNorm(config, model.head_dim)
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
-        qkv = self.qkv_proj(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)  # [T, N, D]
-        q = self.rotary(positions, self.q_norm(q))
-        k = self.rotary(positions, self.k_norm(k))
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        q, k, v = qkv.split(self.heads, dim=1)  # [T, N, D]
+        q = self.rotary.normalized(q, self.q_norm, positions)
+        k = self.rotary.normalized(k, self.k_norm, positions)
         return self.o_proj(attention.forward(self.layer, q, k, v))
 
     def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]:
@@ -103,7 +102,7 @@ class Qwen3ForCausalLM:
 
     def __init__(self, config: EngineConfig, parallel: ParallelState) -> None:
         model, dtype = config.model, torch_dtype(config.dtype)
-        rotary = RotaryEmbedding(model.head_dim, config.context_length, model.rope_theta, dtype)
+        rotary = RotaryEmbedding(config)
         self.embed_tokens = VocabEmbedding(model.vocab_size, model.hidden_size, dtype)
         self.decoder = [self.decoder_layer(config, parallel, layer, rotary) for layer in range(model.num_layers)]
         self.norm = RMSNorm(config, model.hidden_size)

@@ -77,8 +77,9 @@ class EventLoop:
         requests = [entry.request for entry in step if entry.samples]
         reasons = self.scheduler.finish_step(step, [token.token_id for token in sampled])
         updates = [_update(*entry) for entry in zip(requests, sampled, reasons, strict=True)]
-        if updates:
-            self.send(TokenBatch(self.rank, updates))
+        news = [update for update in updates if update is not None]
+        if news:
+            self.send(TokenBatch(self.rank, news))
 
 
 def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
@@ -112,10 +113,14 @@ def _sampling_row(request: Request) -> SamplingRow:
     )
 
 
-def _update(request: Request, sampled: SampledToken, reason: FinishReason | None) -> TokenUpdate:
-    return TokenUpdate(
-        request.request_id,
-        [] if sampled.token_id is None else [sampled.token_id],
-        reason,
-        [] if sampled.logprob is None else [sampled.logprob],
-    )
+def _update(request: Request, sampled: SampledToken, reason: FinishReason | None) -> TokenUpdate | None:
+    """What is to be told of a request after a step, if anything."""
+    if sampled.token_id is not None:
+        request.unsent_ids.append(sampled.token_id)
+    if sampled.logprob is not None:
+        request.unsent_logprobs.append(sampled.logprob)
+    if reason is None and len(request.unsent_ids) < request.update_interval:
+        return None
+    update = TokenUpdate(request.request_id, request.unsent_ids, reason, request.unsent_logprobs)
+    request.unsent_ids, request.unsent_logprobs = [], []
+    return update

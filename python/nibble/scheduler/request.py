@@ -1,13 +1,14 @@
 """A request as its rank sees it."""
 
-from nibble.generation import FinishReason
+from nibble.generation import FinishReason, TokenLogprob
 from nibble.ipc.messages import NewRequest
 
 
 class Request:
     """Grows by one token a step. `token_ids` is the prompt and what was generated after it.
 
-    The KV cache holds the first `num_computed` tokens, in `pages`, which belong to this request.
+    The KV cache holds the first `num_computed` tokens, in `pages`, which belong to this request. What was generated
+    and not reported yet lies in `unsent_ids` and `unsent_logprobs`.
     """
 
     def __init__(self, message: NewRequest) -> None:
@@ -16,6 +17,9 @@ class Request:
         self.seed = message.seed
         self.return_logprob = message.return_logprob
         self.top_logprobs_num = message.top_logprobs_num
+        self.update_interval = message.update_interval
+        self.unsent_ids: list[int] = []
+        self.unsent_logprobs: list[TokenLogprob] = []
         self.prompt_length = len(message.input_ids)
         self.token_ids = list(message.input_ids)
         self.num_computed = 0

@@ -1,4 +1,4 @@
-"""Compiles a C source file once per machine and source."""
+"""Compiles a folder of C sources once per machine and content."""
 
 import functools
 import hashlib
@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
@@ -18,21 +19,23 @@ class CompileError(RuntimeError):
 
 
 @functools.cache
-def build_c_library(source: Path) -> Path:
-    """The shared library of `source`, compiled with cc or gcc into the user's cache unless it is there already.
+def build_c_library(folder: Path) -> Path:
+    """The shared library of a folder's `*.c`, compiled with cc or gcc into the user's cache unless it is there already.
 
     Safe to call from several processes at once. Raises CompileError.
     """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise CompileError("no C compiler (cc or gcc) is on the PATH")
-    library = _cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
+    sources = sorted(folder.glob("*.[ch]"))
+    library = _cache_folder() / f"{folder.name}-{_fingerprint(sources, compiler)}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         built = Path(scratch) / library.name
-        command = [compiler, *_FLAGS, str(source), "-o", str(built), "-lm"]
+        compiled = [str(source) for source in sources if source.suffix == ".c"]
+        command = [compiler, *_FLAGS, *compiled, "-o", str(built), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
         except subprocess.CalledProcessError as error:
@@ -48,7 +51,7 @@ def _cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "nibble"
 
 
-def _fingerprint(source: Path, compiler: str) -> str:
+def _fingerprint(sources: Sequence[Path], compiler: str) -> str:
     """Of everything that the library depends on; homes may be shared by machines with different processors."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     processor = platform.machine()
@@ -56,5 +59,5 @@ def _fingerprint(source: Path, compiler: str) -> str:
     if info.exists():
         lines = info.read_text().splitlines()
         processor += "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-    content = source.read_bytes() + "".join([*_FLAGS, version, processor]).encode()
+    content = b"\0".join(source.read_bytes() for source in sources) + "".join([*_FLAGS, version, processor]).encode()
     return hashlib.sha256(content).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Root-mean-square normalization in torch."""
+"""Root-mean-square normalization, and rotary embedding after it, in torch."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,3 +7,18 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich, arXiv:1910.07467)."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate(x: Tensor, positions: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al., arXiv:2104.09864) of `x [T, N, D]` at `positions [T]`, int64.
+
+    `cos` and `signed_sin` `[P, D]` hold each angle twice, the sine negative in the first half: pairs are
+    (i, i + D/2), as in Hugging Face models. Returns a new tensor.
+    """
+    half = x.shape[-1] // 2
+    return x * cos[positions][:, None] + x.roll(half, dims=-1) * signed_sin[positions][:, None]
+
+
+def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """`rms_norm` of each head of `x [T, N, D]`, then `rotate`."""
+    return rotate(rms_norm(x, weight, eps), positions, cos, signed_sin)

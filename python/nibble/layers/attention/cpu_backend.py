@@ -8,7 +8,7 @@ from nibble.kernels.cpu.library import address, c_kernels
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.layers.attention.torch_backend import SequenceGroup, TorchAttentionBackend, TorchAttentionStep
 
-_HEAD_SIZES = 16  # kernels.c reads heads of a multiple of this, and writes as much past the last score
+_LANES = 16  # of vector.h: heads are a multiple of it
 
 
 class CpuAttentionBackend(TorchAttentionBackend):
@@ -17,17 +17,26 @@ class CpuAttentionBackend(TorchAttentionBackend):
 
 
 class CpuAttentionStep(TorchAttentionStep):
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        row = k.shape[1] * k.shape[2]
+        if k.dtype != torch.float32 or any(x.stride()[1:] != (x.shape[2], 1) for x in (k, v)):
+            return super().store(layer, k, v)
+        c_kernels().store_kv(
+            address(k), k.stride(0), address(v), v.stride(0), len(k), row, address(self.slots),
+            address(self.pool.keys[layer]), address(self.pool.values[layer]),
+        )  # fmt: skip
+
     def attend(self, layer: int, group: SequenceGroup, q: torch.Tensor) -> torch.Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         _, page_size, kv_heads, size = keys.shape
-        if group.query_len > 1 or q.dtype != torch.float32 or size % _HEAD_SIZES:
+        if group.query_len > 1 or q.dtype != torch.float32 or size % _LANES:
             return super().attend(layer, group, q)
-        batch, pages = group.pages.shape
+        (batch, pages), heads = group.pages.shape, q.shape[1]
         rows = q[group.first_row : group.first_row + batch].contiguous()
-        out = torch.empty(batch, rows.shape[1] * size)
-        scratch = (ctypes.c_float * (pages * page_size + _HEAD_SIZES))()
+        out = torch.empty(batch, heads * size)
+        room = -(-pages * page_size // _LANES) * _LANES
         c_kernels().decode_attention(
             address(rows), address(keys), address(values), address(group.pages), pages, address(group.seq_lens),
-            batch, rows.shape[1], kv_heads, size, page_size, scratch, address(out),
+            batch, heads, kv_heads, size, page_size, (ctypes.c_float * (heads * room))(), room, address(out),
         )  # fmt: skip
         return out

@@ -84,9 +84,12 @@ class TorchAttentionStep:
         self.groups = groups
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        self.pool.write(layer, self.slots, k, v)
+        self.store(layer, k, v)
         outputs = [self.attend(layer, group, q) for group in self.groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.pool.write(layer, self.slots, k, v)
 
     def attend(self, layer: int, group: SequenceGroup, q: torch.Tensor) -> torch.Tensor:
         sequences, queries = group.pages.shape[0], group.query_len

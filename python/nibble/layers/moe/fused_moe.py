@@ -6,6 +6,7 @@ import torch
 
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.parallel_state import ParallelState
+from nibble.kernels.select import select_kernels
 from nibble.kernels.torch.wire_row import UnpackedRows
 from nibble.layers.moe.token_dispatcher import (
     AllGatherDispatcher,
@@ -13,7 +14,6 @@ from nibble.layers.moe.token_dispatcher import (
     GatheredRows,
     TokenDispatcher,
 )
-from nibble.layers.moe.topk import select_experts
 from nibble.layers.quantization.modelopt_quant import ModelOptNvFp4FusedMoEMethod
 from nibble.layers.quantization.unquant import PROJECTIONS, UnquantizedFusedMoEMethod
 from nibble.layers.weights import WeightTarget
@@ -38,10 +38,11 @@ class FusedMoE:
         moe = config.model.moe
         assert moe is not None
         self.top_k, self.renormalize = moe.top_k, moe.norm_topk_prob
+        self.topk_softmax = select_kernels(config.cpu_kernels, config.moe_kernel).topk_softmax
         self.method, self.dispatcher = _make_method(config, parallel, prefix)
 
     def __call__(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        topk_ids, topk_weights = select_experts(router_logits, self.top_k, self.renormalize)  # [T, K]
+        topk_ids, topk_weights = self.topk_softmax(router_logits, self.top_k, self.renormalize)  # [T, K]
         rows = self.dispatcher.dispatch(x, topk_ids, topk_weights)  # [S, ...]
         partial = self.method.apply(rows)  # [S, H]
         return self.dispatcher.combine(partial)  # [T, H]

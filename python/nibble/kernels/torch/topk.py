@@ -1,9 +1,10 @@
-"""Choosing the experts of each token."""
+"""The router's choice of experts in torch."""
 
 import torch
+from torch import Tensor
 
 
-def select_experts(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """The `top_k` experts of the softmax over `router_logits [T, E]`, in fp32 whatever the logits are.
 
     Returns ids int32 `[T, K]` and weights fp32 `[T, K]`, summing to one if `renormalize`.

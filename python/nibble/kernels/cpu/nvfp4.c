@@ -1,0 +1,234 @@
+/* NVFP4 on a CPU: the quantizer, the wire row, linear layers and experts. The functions of the same names in
+ * kernels/torch are the contract. One thread a call. T rows, K columns of a row, N outputs, blocks of 16 values along
+ * a row.
+ *
+ * Products are of integers: twice an e2m1 value is one, and a block's sum of 16 products is exact. So is the product
+ * of its two e4m3 scales; what rounds is the fp32 sum over blocks, whose order does not depend on the number of rows.
+ *
+ * Weights lie in tiles of 16 outputs. For each block of columns a tile holds 128 bytes of e2m1 codes, such that byte
+ * 4 l + i of the first (second) 64 holds output l's columns i and 4 + i (8 + i and 12 + i) in its low and high half,
+ * and 16 scales as bf16, a quarter of the e4m3 value because both factors of a product are doubled.
+ */
+#include "nvfp4.h"
+
+#define MAX_ROWS 8 /* that read a tile at once; their sums stay in registers */
+#define TILE_BLOCK_BYTES 128
+
+float e4m3_values[256];
+static uint16_t doubled_codes[256]; /* two e2m1 codes of a byte, as the products read them */
+
+/* To be called once, before any other function. */
+void initialize(void) {
+    static const uint8_t doubled[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+    for (int code = 0; code < 256; code++) {
+        int exponent = (code >> 3) & 15, mantissa = code & 7;
+        float value = exponent ? ldexpf(1 + mantissa / 8.f, exponent - 7) : ldexpf(mantissa / 8.f, -6);
+        if ((code & 127) == 127) value = NAN;
+        e4m3_values[code] = code & 128 ? -value : value;
+
+        uint8_t pair[2];
+        for (int i = 0; i < 2; i++) {
+            int nibble = code >> (4 * i) & 15;
+            pair[i] = nibble & 8 ? ZERO_CODE - doubled[nibble & 7] : ZERO_CODE + doubled[nibble];
+        }
+        memcpy(&doubled_codes[code], pair, sizeof pair);
+    }
+}
+
+/* x [T, K] as codes uint8 [T, K] and scales fp32 [T, K/16]. */
+void quantize_rows(const float *x, int64_t rows, int64_t columns, float input_scale, uint8_t *codes, float *scales) {
+    for (int64_t i = 0; i < rows * columns / BLOCK; i++)
+        quantize_to_codes(load(x + i * BLOCK), input_scale, codes + i * BLOCK, scales + i);
+}
+
+/* The same from e2m1 pairs and e4m3 scales in rows that lie `x_stride` and `scale_stride` bytes apart. */
+void decode_rows(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales, int64_t scale_stride, int64_t rows,
+                 int64_t columns, uint8_t *codes, float *scales) {
+    for (int64_t row = 0; row < rows; row++, codes += columns, scales += columns / BLOCK) {
+        for (int64_t i = 0; i < columns / 2; i++) memcpy(codes + 2 * i, &doubled_codes[x[row * x_stride + i]], 2);
+        for (int64_t i = 0; i < columns / BLOCK; i++) scales[i] = e4m3_values[x_scales[row * scale_stride + i]];
+    }
+}
+
+/* Wire rows: packed e2m1, linear e4m3 scales, expert ids, expert weights, at their offsets in `row_bytes`. */
+void quantize_pack(const float *x, const int32_t *topk_ids, const float *topk_weights, int64_t rows, int64_t columns,
+                   int64_t top_k, float input_scale, int64_t scale_offset, int64_t ids_offset, int64_t weights_offset,
+                   int64_t row_bytes, uint8_t *out) {
+    memset(out, 0, rows * row_bytes);
+    for (int64_t row = 0; row < rows; row++, x += columns, out += row_bytes) {
+        for (int64_t i = 0; i < columns / BLOCK; i++) {
+            floats values = load(x + i * BLOCK);
+            Block block = quantize_block(values, input_scale);
+            out[scale_offset + i] = block.scale;
+            /* Codes count 0, .5, 1, 1.5 | 2, 3 | 4, 6: the number of steps, plus 2 for each longer step. */
+            ints longer = (block.step > 1) + (block.step > 2);
+            ints negative = (ints)values < 0;
+            ints codes = __builtin_convertvector(block.rounded, ints) - 2 * longer;
+            codes |= negative & (block.scale != 0x7F ? 8 : 0);
+            lane_bytes narrow = __builtin_convertvector(codes, lane_bytes);
+            uint16_t pairs[BLOCK / 2];
+            memcpy(pairs, &narrow, sizeof pairs);
+            for (int j = 0; j < BLOCK / 2; j++) out[i * BLOCK / 2 + j] = (uint8_t)(pairs[j] | pairs[j] >> 4);
+        }
+        memcpy(out + ids_offset, topk_ids + row * top_k, top_k * sizeof *topk_ids);
+        memcpy(out + weights_offset, topk_weights + row * top_k, top_k * sizeof *topk_weights);
+    }
+}
+
+/* One matrix as described above, or a part of it that begins with a tile. */
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *scales;
+    int64_t blocks; /* along a row of weights */
+} Matrix;
+
+static Matrix part(Matrix matrix, int64_t first_tile) {
+    matrix.codes += first_tile * matrix.blocks * TILE_BLOCK_BYTES;
+    matrix.scales += first_tile * matrix.blocks * LANES;
+    return matrix;
+}
+
+/* Rows of activations, in any order in memory. */
+typedef struct {
+    const uint8_t **codes;
+    const float **scales;
+} Rows;
+
+/* sums[r] = row r times each of the tile's 16 outputs; `rows` is a constant. */
+INLINE void multiply_tile(Matrix tile, Rows x, const int rows, floats *sums) {
+    static const uint8_t middle[4] = {ZERO_CODE, ZERO_CODE, ZERO_CODE, ZERO_CODE};
+    const bytes table = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
+                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
+                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
+                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    floats totals[MAX_ROWS] = {{0}};
+    for (int64_t block = 0; block < tile.blocks; block++) {
+        const unaligned_bytes *packed = (const unaligned_bytes *)(tile.codes + block * TILE_BLOCK_BYTES);
+        bytes w[4] = {
+            look_up(table, packed[0] & 15), look_up(table, packed[0] >> 4),
+            look_up(table, packed[1] & 15), look_up(table, packed[1] >> 4),
+        };
+        ints offset = {0}; /* what ZERO_CODE in every column adds */
+        for (int i = 0; i < 4; i++) offset = dot4(offset, middle, w[i]);
+        halves narrow;
+        memcpy(&narrow, tile.scales + block * LANES, sizeof narrow);
+        floats scales = (floats)(__builtin_convertvector(narrow, words) << 16);
+        for (int row = 0; row < rows; row++) {
+            const uint8_t *codes = x.codes[row] + block * BLOCK;
+            ints dot = -offset;
+            for (int i = 0; i < 4; i++) dot = dot4(dot, codes + 4 * i, w[i]);
+            totals[row] += __builtin_convertvector(dot, floats) * (scales * x.scales[row][block]);
+        }
+    }
+    for (int row = 0; row < rows; row++) sums[row] = totals[row];
+}
+
+static int multiply_some(Matrix tile, Rows x, int64_t rows, floats *sums) {
+    switch (rows) {
+    case 1: multiply_tile(tile, x, 1, sums); return 1;
+    case 2: multiply_tile(tile, x, 2, sums); return 2;
+    case 3: multiply_tile(tile, x, 3, sums); return 3;
+    case 4: multiply_tile(tile, x, 4, sums); return 4;
+    case 5: multiply_tile(tile, x, 5, sums); return 5;
+    case 6: multiply_tile(tile, x, 6, sums); return 6;
+    case 7: multiply_tile(tile, x, 7, sums); return 7;
+    default: multiply_tile(tile, x, MAX_ROWS, sums); return MAX_ROWS;
+    }
+}
+
+/* out [T, N] = x [T, K] . w [N, K]^T * alpha [N]. Scratch: 2 T pointers. */
+void matmul_nvfp4(const uint8_t *x, const float *x_scales, int64_t rows, int64_t columns, const uint8_t *weights,
+                  const uint16_t *scales, const float *alpha, int64_t outputs, const void **pointers, float *out) {
+    Matrix matrix = {weights, scales, columns / BLOCK};
+    Rows all_rows = {(const uint8_t **)pointers, (const float **)(pointers + rows)};
+    for (int64_t row = 0; row < rows; row++) {
+        all_rows.codes[row] = x + row * columns;
+        all_rows.scales[row] = x_scales + row * matrix.blocks;
+    }
+    for (int64_t first = 0; first < outputs; first += LANES) {
+        int64_t width = outputs - first < LANES ? outputs - first : LANES;
+        floats factor = load_some(alpha + first, width), sums[MAX_ROWS];
+        Matrix tile = part(matrix, first / LANES);
+        for (int64_t row = 0, count; row < rows; row += count) {
+            count = multiply_some(tile, (Rows){all_rows.codes + row, all_rows.scales + row}, rows - row, sums);
+            for (int64_t i = 0; i < count; i++)
+                store_some(out + (row + i) * outputs + first, sums[i] * factor, width);
+        }
+    }
+}
+
+/* The stacked experts of one rank: E matrices w13 [2I, H], gate before up, and w2 [H, I]. */
+typedef struct {
+    Matrix w13, w2;
+    const float *g1_gate_up, *w2_input_scale, *g2;
+} Experts;
+
+/* h = quantize(silu(gate) * up) for the rows of one expert. */
+static void gate_and_up(const Experts *experts, int64_t expert, Rows x, int64_t rows, uint8_t *h, float *h_scales) {
+    const int64_t tiles = experts->w2.blocks;
+    const float *alpha = experts->g1_gate_up + 2 * expert;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        Matrix gate_tile = part(experts->w13, 2 * expert * tiles + tile), up_tile = part(gate_tile, tiles);
+        for (int64_t row = 0, count; row < rows; row += count) {
+            floats gate[MAX_ROWS], up[MAX_ROWS];
+            Rows some = {x.codes + row, x.scales + row};
+            multiply_some(gate_tile, some, rows - row, gate);
+            count = multiply_some(up_tile, some, rows - row, up);
+            for (int64_t i = 0; i < count; i++) {
+                floats g = gate[i] * alpha[0], product = g / (1 + exp_of(-g)) * (up[i] * alpha[1]);
+                int64_t block = (row + i) * tiles + tile;
+                quantize_to_codes(product, experts->w2_input_scale[expert], h + block * BLOCK, h_scales + block);
+            }
+        }
+    }
+}
+
+/* out[row] += down(h) * weight, for the rows of one expert. */
+static void down(const Experts *experts, int64_t expert, Rows h, const float *weights, int64_t rows, float **out) {
+    const int64_t tiles = experts->w13.blocks;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        Matrix w2_tile = part(experts->w2, expert * tiles + tile);
+        for (int64_t row = 0, count; row < rows; row += count) {
+            floats sums[MAX_ROWS];
+            count = multiply_some(w2_tile, (Rows){h.codes + row, h.scales + row}, rows - row, sums);
+            for (int64_t i = 0; i < count; i++) {
+                float *place = out[row + i] + tile * LANES;
+                store(place, load(place) + sums[i] * (experts->g2[expert] * weights[row + i]));
+            }
+        }
+    }
+}
+
+/* Routed experts first_expert … first_expert + E - 1 on x [T, H]; out [T, H] zeroed by the caller. Rows of ids and
+ * of weights lie `ids_stride` and `weights_stride` elements apart; H and I are multiples of BLOCK. Scratch: 5 T
+ * pointers, T I bytes, T (I/16 + 1) floats. */
+void fused_moe_nvfp4(const uint8_t *x, const float *x_scales, const int32_t *topk_ids, int64_t ids_stride,
+                     const float *topk_weights, int64_t weights_stride, int64_t rows, int64_t hidden, int64_t width,
+                     int64_t top_k, int64_t first_expert, int64_t num_experts, const uint8_t *w13,
+                     const uint16_t *w13_scales, const uint8_t *w2, const uint16_t *w2_scales,
+                     const float *g1_gate_up, const float *w2_input_scale, const float *g2, const void **pointers,
+                     uint8_t *bytes_scratch, float *floats_scratch, float *out) {
+    const int64_t x_blocks = hidden / BLOCK, h_blocks = width / BLOCK;
+    const Experts experts = {{w13, w13_scales, x_blocks}, {w2, w2_scales, h_blocks}, g1_gate_up, w2_input_scale, g2};
+    Rows chosen = {(const uint8_t **)pointers, (const float **)(pointers + rows)};
+    Rows intermediate = {(const uint8_t **)(pointers + 2 * rows), (const float **)(pointers + 3 * rows)};
+    float **places = (float **)(pointers + 4 * rows), *h_scales = floats_scratch;
+    float *weights = floats_scratch + rows * h_blocks;
+    for (int64_t row = 0; row < rows; row++) {
+        intermediate.codes[row] = bytes_scratch + row * width;
+        intermediate.scales[row] = h_scales + row * h_blocks;
+    }
+    for (int64_t expert = 0; expert < num_experts; expert++) {
+        int64_t count = 0;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t k = 0; k < top_k; k++)
+                if (topk_ids[row * ids_stride + k] == first_expert + expert) {
+                    chosen.codes[count] = x + row * hidden;
+                    chosen.scales[count] = x_scales + row * x_blocks;
+                    places[count] = out + row * hidden;
+                    weights[count++] = topk_weights[row * weights_stride + k];
+                }
+        gate_and_up(&experts, expert, chosen, count, bytes_scratch, h_scales);
+        down(&experts, expert, intermediate, weights, count, places);
+    }
+}
