@@ -294,7 +294,7 @@ def test_ranks_in_different_collectives_get_an_error_not_each_others_bytes(ranks
     assert any("round 1, barrier" in message and "round 1, all_gather" in message for message in messages)
 
 
-def test_ranks_built_with_different_buffers_do_not_join(ranks: RankProcesses) -> None:
+def test_shared_memory_of_uneven_sizes_across_ranks_is_refused_instead_of_a_deadlock(ranks: RankProcesses) -> None:
     messages = ranks.run(on_rank.join_with, ranks=range(2), name="unequal", buffer_bytes=[4096, 8192])
     assert "rank 1 has (world_size, buffer_bytes) [2, 8192], expected [2, 4096]" in messages[0]
     assert "rank 0 has (world_size, buffer_bytes) [2, 4096], expected [2, 8192]" in messages[1]

@@ -90,6 +90,35 @@ def test_the_death_of_a_rank_ends_the_server_and_tells_open_streams(tmp_path, de
         wait_until_gone(ranks)
 
 
+def test_the_death_of_an_idle_rank_ends_the_server_too(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS) as server:
+        ranks = server.rank_processes()
+        ranks[0].kill()
+        assert server.wait_for_exit(5) == 1
+        wait_until_gone(ranks)
+
+
+def test_a_rank_that_hangs_ends_the_server_at_its_deadline_and_is_named(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS, "--dist-timeout", "6") as server:
+        ranks = server.rank_processes()
+        with server.client.stream("POST", "/generate", json={**LONG, "data_parallel_rank": 0}) as response:
+            stream = events(response)
+            next(stream)
+            ranks[1].suspend()
+            last = list(stream)[-1]
+        assert "rank 1 did not arrive within 6 s" in last["error"]["message"]
+        assert server.wait_for_exit() == 1
+        wait_until_gone(ranks)
+
+
+def test_a_silence_longer_than_the_deadline_of_gloo_harms_nobody(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS, "--dist-timeout", "6", "--cpu-collectives", "gloo") as server:
+        server.generate(text="What is 2 plus 2?")
+        time.sleep(8)
+        for rank in range(2):
+            server.generate(text="What is 2 plus 2?", data_parallel_rank=rank)
+
+
 def test_a_killed_server_takes_its_ranks_with_it(tmp_path):
     with launch(tmp_path / "log", *TWO_RANKS) as server:
         ranks = server.rank_processes()

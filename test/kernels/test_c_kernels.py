@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 from nibble.kernels.cpu import norm as c_norm
 from nibble.kernels.cpu import nvfp4 as c_nvfp4
 from nibble.kernels.cpu.library import address, c_kernels
+from nibble.kernels.cpu.linear import linear as c_linear
+from nibble.kernels.cpu.sampling import argmax as c_argmax
 from nibble.kernels.cpu.topk import topk_softmax as c_topk_softmax
 from nibble.kernels.torch import fused_moe as torch_moe
 from nibble.kernels.torch import norm as torch_norm
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, fake_quantize_nvfp4, quantize_nvfp4, quantize_nvfp4_weight
 from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
+from nibble.kernels.torch.sampling import argmax
 from nibble.kernels.torch.topk import topk_softmax
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack, unpack
 from nibble.utils import c_library
@@ -148,11 +151,13 @@ def test_rms_norm_agrees_on_contiguous_rows_and_on_views(rows, columns):
 def test_heads_are_normalized_and_rotated_in_place_of_a_wider_row(heads, size):
     torch.manual_seed(0)
     qkv = torch.randn(5, 2 * heads, size)
-    weight, positions = torch.randn(size), torch.tensor([0, 3, 1, 9, 9])
+    weights, positions = torch.randn(2, size), torch.tensor([0, 3, 1, 9, 9])
     tables = torch.randn(10, size), torch.randn(10, size)
-    for x in (qkv, qkv[:, heads:], qkv[:, ::2], qkv[:0]):
-        arguments = (x, weight, 1e-6, positions[: len(x)], *tables)
-        torch.testing.assert_close(c_norm.norm_rope(*arguments), torch_norm.norm_rope(*arguments), rtol=1e-5, atol=1e-5)
+    for x in (qkv, qkv[:, ::2], qkv[:0]):
+        q, k = x[:, :heads], x[:, heads:]
+        arguments = (q, k, *weights, 1e-6, positions[: len(x)], *tables)
+        for ours, expected in zip(c_norm.qk_norm_rope(*arguments), torch_norm.qk_norm_rope(*arguments), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(24, 4), (128, 8), (5, 5), (256, 1)])
@@ -164,6 +169,30 @@ def test_the_router_chooses_the_same_experts(experts, top_k, renormalize):
     expected_ids, expected = topk_softmax(logits, top_k, renormalize)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "outputs"), [(1, 16, 1), (3, 20, 17), (16, 256, 24), (0, 8, 8), (99, 64, 99)]
+)
+def test_a_small_linear_layer_agrees(rows, columns, outputs):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, columns), torch.randn(outputs, columns)
+    torch.testing.assert_close(c_linear(x, weight, None), x @ weight.T, rtol=1e-5, atol=1e-4)
+    bias = torch.randn(outputs)
+    torch.testing.assert_close(c_linear(x, weight, bias), x @ weight.T + bias, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 16, 40, 896])
+@pytest.mark.parametrize("kernel", [argmax, c_argmax])
+def test_the_greedy_choice_is_the_first_of_the_largest_and_none_in_a_row_that_is_not_finite(kernel, columns):
+    torch.manual_seed(columns)
+    logits = torch.randn(9, columns).round(decimals=1)
+    logits[:, -1] = logits.amax(1)
+    expected = [row.tolist().index(max(row.tolist())) for row in logits]
+    assert kernel(logits).tolist() == expected
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        logits[row, columns // 2] = bad
+    assert kernel(logits).tolist() == [-1, -1, -1, *expected[3:]]
 
 
 def test_equal_experts_come_in_order_and_a_row_with_nan_stays_in_range_and_nan():

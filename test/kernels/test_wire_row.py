@@ -88,6 +88,17 @@ class TestRows:
         apart = [quantize_pack(*split, INPUT_SCALE) for split in splits]
         assert torch.equal(together, torch.cat(apart))
 
+    @pytest.mark.parametrize("sizes", [[1, 0, 3, 2], [130, 1], [128, 128]])
+    def test_block_scales_are_not_swizzled_before_the_gather(self, sizes: list[int]) -> None:
+        """Swizzled scales would come in tiles of 128 rows, padded on each rank."""
+        layout = WireRowLayout(hidden_size=64, top_k=2)
+        x, topk_ids, topk_weights = random_rows(5, sum(sizes), layout)
+        splits = zip(*(tensor.split(sizes) for tensor in (x, topk_ids, topk_weights)), strict=True)
+        gathered = torch.cat([quantize_pack(*split, INPUT_SCALE) for split in splits])
+        assert gathered.shape == (sum(sizes), layout.row_bytes)
+        _, scales = quantize_nvfp4(x, INPUT_SCALE)
+        assert torch.equal(unpack(gathered, layout).x_scale.view(torch.uint8), scales.view(torch.uint8))
+
     def test_fields_are_views_also_of_a_slice_of_the_gathered_rows(self) -> None:
         layout = WireRowLayout(hidden_size=32, top_k=2)
         gathered = quantize_pack(*random_rows(2, 8, layout), INPUT_SCALE)

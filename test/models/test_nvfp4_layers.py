@@ -1,6 +1,7 @@
 """NVFP4 layers against float64: scales that differ between merged parts, between experts and between ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,10 @@ def test_a_linear_whose_input_is_not_made_of_blocks_is_refused():
 class Experts:
     """The modules of all experts: gate and up with different weight_scale_2, every input_scale different."""
 
-    def __init__(self) -> None:
-        self.gate = [Module(WIDTH, HIDDEN, 0.1 * (1 + e % 3), 4 + (5 * e % EXPERTS) / 8, e) for e in range(EXPERTS)]
-        self.up = [Module(WIDTH, HIDDEN, 0.8 / (1 + e % 3), 4 + e / 9, 20 + e) for e in range(EXPERTS)]
-        self.down = [Module(HIDDEN, WIDTH, 0.2, 1 + e / 2, 40 + e) for e in range(EXPERTS)]
+    def __init__(self, width: int = WIDTH) -> None:
+        self.gate = [Module(width, HIDDEN, 0.1 * (1 + e % 3), 4 + (5 * e % EXPERTS) / 8, e) for e in range(EXPERTS)]
+        self.up = [Module(width, HIDDEN, 0.8 / (1 + e % 3), 4 + e / 9, 20 + e) for e in range(EXPERTS)]
+        self.down = [Module(HIDDEN, width, 0.2, 1 + e / 2, 40 + e) for e in range(EXPERTS)]
         self.input_scale = torch.stack([module.input_scale for module in self.gate + self.up]).amax()
 
     def load(self, layer: FusedMoE) -> FusedMoE:
@@ -154,8 +155,12 @@ def experts() -> Experts:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config")
-    moe = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": WIDTH}
+    return write_config(tmp_path_factory.mktemp("config"), WIDTH)
+
+
+def write_config(path: Path, width: int) -> Path:
+    """A checkpoint's description, without weights."""
+    moe = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": width}
     config = {**COMMON, **moe, "hidden_size": HIDDEN, "rms_norm_eps": 1e-6, "architectures": ["Qwen3MoeForCausalLM"]}
     (path / "config.json").write_text(json.dumps(config))
     (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}')
@@ -200,13 +205,18 @@ def routing(rows: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     return ids.int(), torch.rand(rows, TOP_K, generator=generator)
 
 
-def test_experts_keep_the_scales_of_gate_up_and_down_apart(folder, experts):
+def test_gate_and_up_with_different_weight_scale_2_are_not_merged(folder, experts):
     """Merged into one, the weight_scale_2 of gate and up would change products up to eightfold."""
     ratios = [gate.weight_scale_2 / up.weight_scale_2 for gate, up in zip(experts.gate, experts.up, strict=True)]
     assert min(ratios) < 0.2
     assert max(ratios) > 1
+    assert_computes(experts, experts.load(make_layer(folder)))
+
+
+def assert_computes(experts: Experts, layer: FusedMoE) -> None:
+    """The layer gives what the modules give one by one in float64."""
     x, (topk_ids, topk_weights) = random_rows(40), routing(40)
-    ours = experts.load(make_layer(folder)).method.apply(GatheredRows(x, topk_ids, topk_weights))
+    ours = layer.method.apply(GatheredRows(x, topk_ids, topk_weights))
     expected = experts.forward(x, topk_ids, topk_weights)
     # An intermediate value that lies on a tie for float64 may fall the other way, which shows in its own row only.
     errors = [relative_error(ours[row], expected[row]) for row in range(len(x))]
@@ -214,8 +224,49 @@ def test_experts_keep_the_scales_of_gate_up_and_down_apart(folder, experts):
     assert max(errors) < 0.1
 
 
+def test_w13_holds_gate_before_up_in_codes_block_scales_and_global_scales_alike(folder, experts):
+    """A kernel that wants up before gate has to turn all three around."""
+    layer = make_layer(folder)
+    method = nvfp4_method(layer)
+    method.kernels = replace(method.kernels, nvfp4_moe=lambda packed, first_expert: packed)
+    experts.load(layer)
+    packed = method.kernel
+    for expert, (gate, up) in enumerate(zip(experts.gate, experts.up, strict=True)):
+        assert torch.equal(packed.w13[expert], torch.cat([gate.weight, up.weight]))
+        assert_same_bits(packed.w13_scales[expert], torch.cat([gate.weight_scale, up.weight_scale]))
+        assert torch.equal(
+            packed.g1_gate_up[expert], experts.input_scale * torch.stack([gate.weight_scale_2, up.weight_scale_2])
+        )
+
+
+@pytest.mark.parametrize("kernels", ["c", "torch"])
+@pytest.mark.parametrize("width", [16, 48, 80])
+def test_gate_and_up_of_an_odd_number_of_blocks_are_not_padded_as_one(tmp_path, width, kernels):
+    """Padding at the end of both would move where up begins."""
+    experts = Experts(width)
+    assert_computes(experts, experts.load(make_layer(write_config(tmp_path, width), cpu_kernels=kernels)))
+
+
+def test_experts_whose_width_is_not_made_of_blocks_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="multiples of 16, got hidden 64, width 40"):
+        make_layer(write_config(tmp_path, 40))
+
+
+@pytest.mark.parametrize("kernels", ["c", "torch"])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (1, 2)])
+def test_pad_rows_reach_no_expert(folder, experts, rank, world_size, kernels):
+    """Their experts are -1, and they may hold anything."""
+    method = nvfp4_method(experts.load(make_layer(folder, rank, world_size, cpu_kernels=kernels)))
+    x, (topk_ids, topk_weights) = random_rows(12), routing(12)
+    expected = method.apply(GatheredRows(x, topk_ids, topk_weights))
+    pads = torch.tensor([0, 5, 11])
+    x[pads], topk_ids[pads], topk_weights[pads] = torch.nan, -1, torch.nan
+    expected[pads] = 0
+    torch.testing.assert_close(method.apply(GatheredRows(x, topk_ids, topk_weights)), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_rank_quantizes_with_the_largest_input_scale_of_all_experts(folder, experts, world_size):
+def test_every_rank_quantizes_with_the_largest_input_scale_of_all_experts_not_of_its_own(folder, experts, world_size):
     local_maxima = set()
     for rank in range(world_size):
         method = nvfp4_method(experts.load(make_layer(folder, rank, world_size)))

@@ -33,6 +33,7 @@ class EngineConfig:
     fp4_allgather: Fp4AllGatherDecision
     device: str
     dtype: str
+    kv_cache_dtype: str
     moe_kernel: str
     cpu_kernels: str
     no_c_kernels: str | None
@@ -58,7 +59,8 @@ class EngineConfig:
             f"device: {self.device} ({self.cpu_threads} threads a rank), activations: {self.dtype}, "
             f"kernels: {self.cpu_kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
-            f"KV cache: {self.max_total_tokens} tokens a rank in pages of {self.args.page_size}; "
+            f"KV cache: {self.max_total_tokens} tokens a rank in {self.kv_cache_dtype}, "
+            f"pages of {self.args.page_size}; "
             f"context length: {self.context_length}",
         ]
 
@@ -75,7 +77,8 @@ def resolve(args: ServerArgs) -> EngineConfig:
     dtype = "float32" if args.dtype == "auto" else args.dtype
     cpu_kernels, no_c_kernels = _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
-    context_length, num_pages = _resolve_memory(args, model, parallel, dtype)
+    kv_cache_dtype = _resolve_kv_cache_dtype(args, model)
+    context_length, num_pages = _resolve_memory(args, model, parallel, kv_cache_dtype)
     return EngineConfig(
         args=args,
         model_folder=str(folder),
@@ -86,6 +89,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
         fp4_allgather=should_use_flashinfer_cutlass_moe_fp4_allgather(args, model, quantization),
         device=device,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         moe_kernel=_resolve_moe_kernel(args, cpu_kernels),
         cpu_kernels=cpu_kernels,
         no_c_kernels=no_c_kernels,
@@ -154,6 +158,12 @@ def _resolve_moe_kernel(args: ServerArgs, cpu_kernels: str) -> str:
             "use --moe-kernel torch or auto"
         )
     return args.moe_kernel
+
+
+def _resolve_kv_cache_dtype(args: ServerArgs, model: ModelConfig) -> str:
+    if args.kv_cache_dtype != "auto":
+        return args.kv_cache_dtype
+    return model.dtype if model.dtype in DTYPE_BYTES else "bfloat16"
 
 
 def _resolve_memory(args: ServerArgs, model: ModelConfig, parallel: ParallelConfig, dtype: str) -> tuple[int, int]:

@@ -30,7 +30,12 @@ class ServerArgs:
     )
     dtype: str = flag(
         "auto",
-        "Type of activations and KV cache. auto: float32 on a CPU.",
+        "Type of activations. auto: float32 on a CPU.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    kv_cache_dtype: str = flag(
+        "auto",
+        "Type of the KV cache. auto: the checkpoint's, bfloat16 or float32.",
         choices=("auto", "float32", "bfloat16"),
     )
     quantization: str | None = flag(

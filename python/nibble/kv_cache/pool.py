@@ -21,9 +21,9 @@ class KvCachePool:
         self.values = [torch.zeros(shape, dtype=dtype) for _ in range(model.num_layers)]
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores `[T, kv_heads, head_dim]` at `slots [T]`."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
+        """Stores `[T, kv_heads, head_dim]` at `slots [T]`, rounded to the cache's type."""
+        for cache, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            cache.flatten(0, 1).index_copy_(0, slots, new.to(cache.dtype))
 
     def clear(self, pages: Iterable[int]) -> None:
         """Zeroes pages that may hold NaN."""

@@ -18,8 +18,10 @@ class RotaryEmbedding:
         self.cos = torch.cat([angles.cos(), angles.cos()], dim=-1).to(dtype)  # [P, D]
         # The sign of the first half's sine is folded in: rotating is then one flip of the halves.
         self.signed_sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(dtype)  # [P, D]
-        self.norm_rope = select_kernels(config.cpu_kernels, config.moe_kernel).norm_rope
+        self.qk_norm_rope = select_kernels(config.cpu_kernels, config.moe_kernel).qk_norm_rope
 
-    def normalized(self, heads: torch.Tensor, norm: RMSNorm, positions: torch.Tensor) -> torch.Tensor:
-        """`heads [T, N, D]`, normalized one by one and rotated to `positions [T]`; a new tensor."""
-        return self.norm_rope(heads, norm.weight, norm.eps, positions, self.cos, self.signed_sin)
+    def normalized(
+        self, q: torch.Tensor, k: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q `[T, N, D]` and k `[T, KV, D]`, each head normalized and then rotated to `positions [T]`; new tensors."""
+        return self.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, q_norm.eps, positions, self.cos, self.signed_sin)

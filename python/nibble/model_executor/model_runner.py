@@ -35,7 +35,7 @@ class ModelRunner:
         )
         on_stage("allocating the KV cache")
         model = config.model
-        self.pool = KvCachePool(model, config.num_pages, config.args.page_size, torch_dtype(config.dtype))
+        self.pool = KvCachePool(model, config.num_pages, config.args.page_size, torch_dtype(config.kv_cache_dtype))
         backend = CpuAttentionBackend if config.cpu_kernels == "c" else TorchAttentionBackend
         self.attention_backend = backend(self.pool, model.num_heads, model.num_kv_heads)
         self.vocab_size = model.vocab_size

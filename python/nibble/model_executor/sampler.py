@@ -1,12 +1,12 @@
 """Chooses the next token of each request from its logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nibble.generation import TokenLogprob
-from nibble.kernels.torch.sampling import filter_logits, gumbel_argmax
+from nibble.kernels.torch.sampling import argmax, filter_logits, gumbel_argmax
 from nibble.sampling_params import SamplingParams
 
 SMALLEST_TEMPERATURE = 1e-5
@@ -37,14 +37,18 @@ class SampledToken:
 
 
 class Sampler:
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], argmax: Callable[[torch.Tensor], torch.Tensor] = argmax) -> None:
+        """`argmax` as `kernels.torch.sampling.argmax`."""
         self.eos_token_ids = list(eos_token_ids)
+        self.argmax = argmax
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """`logits [R, V]` fp32, one row a request. Log-probabilities are the model's own, before any change."""
-        finite = logits.isfinite().all(dim=-1).tolist()
+        tokens = self.argmax(logits)
+        finite = (tokens >= 0).tolist()
         adjusted = self._adjust(logits, rows)
-        tokens = adjusted.argmax(dim=-1)
+        if adjusted is not logits:
+            tokens = adjusted.argmax(dim=-1)
         drawn = [index for index, row in enumerate(rows) if row.sampling.temperature >= SMALLEST_TEMPERATURE]
         if drawn:
             tokens[drawn] = _draw(adjusted[drawn], [rows[index] for index in drawn])

@@ -40,8 +40,7 @@ class Qwen3Attention:
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=1)  # [T, N, D]
-        q = self.rotary.normalized(q, self.q_norm, positions)
-        k = self.rotary.normalized(k, self.k_norm, positions)
+        q, k = self.rotary.normalized(q, k, self.q_norm, self.k_norm, positions)
         return self.o_proj(attention.forward(self.layer, q, k, v))
 
     def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]:

@@ -47,8 +47,11 @@ class EventLoop:
 
     def run_once(self) -> None:
         """One step; sleeps first when no rank has anything to do."""
+        known = self.sequence
         for message in self.inbox.receive(wait=self.may_sleep):
             self._handle(message)
+        if self.may_sleep and self.sequence == known:
+            return  # woken by an abort that came too late, of which the sleeping peers have not heard
         step = self.scheduler.schedule()
         pages = self.scheduler.take_dirty_pages()
         if pages:

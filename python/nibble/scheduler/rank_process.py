@@ -25,6 +25,7 @@ from nibble.ipc.messages import (
     engine_address,
     rank_address,
 )
+from nibble.kernels.select import select_kernels
 from nibble.model_executor.model_runner import ModelRunner
 from nibble.model_executor.sampler import Sampler
 from nibble.observability.logging import configure_logging
@@ -108,7 +109,7 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         rank,
         Scheduler(limits, config.num_pages),
         runner,
-        Sampler(config.model.eos_token_ids),
+        Sampler(config.model.eos_token_ids, select_kernels(config.cpu_kernels, config.moe_kernel).argmax),
         DpSync(parallel.dp_group),
         sockets,
         sockets.send,

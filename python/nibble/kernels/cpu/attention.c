@@ -2,6 +2,8 @@
  * cache, and the router's choice of experts. All tensors fp32 and contiguous unless a stride is given. T rows, N
  * heads of D values, D a multiple of 16.
  */
+#include <stdlib.h>
+
 #include "vector.h"
 
 /* 1 / the root of the mean square. */
@@ -23,9 +25,9 @@ void rms_norm(const float *x, int64_t rows, int64_t stride, int64_t columns, con
 }
 
 /* x [T, N, D], rows `stride` apart: each head is normalized, then rotated by the angles of its position. cos and
- * signed_sin [positions, D] as in layers/rotary.py; out [T, N, D]. */
-void norm_rope(const float *x, int64_t rows, int64_t stride, int64_t heads, int64_t size, const float *weight,
-               float eps, const int64_t *positions, const float *cos, const float *signed_sin, float *out) {
+ * signed_sin [positions, D] as in kernels/torch/norm.py; out [T, N, D]. */
+static void norm_rope(const float *x, int64_t rows, int64_t stride, int64_t heads, int64_t size, const float *weight,
+                      float eps, const int64_t *positions, const float *cos, const float *signed_sin, float *out) {
     for (int64_t row = 0; row < rows; row++) {
         const float *c = cos + positions[row] * size, *s = signed_sin + positions[row] * size;
         for (int64_t head = 0; head < heads; head++, out += size) {
@@ -41,33 +43,54 @@ void norm_rope(const float *x, int64_t rows, int64_t stride, int64_t heads, int6
     }
 }
 
-/* k and v, rows of `size` values that lie `stride` apart, into rows `slots` of the caches. */
+/* Queries and keys of the same rows, with a weight each. */
+void qk_norm_rope(const float *q, const float *k, int64_t rows, int64_t stride, int64_t heads, int64_t kv_heads,
+                  int64_t size, const float *q_weight, const float *k_weight, float eps, const int64_t *positions,
+                  const float *cos, const float *signed_sin, float *q_out, float *k_out) {
+    norm_rope(q, rows, stride, heads, size, q_weight, eps, positions, cos, signed_sin, q_out);
+    norm_rope(k, rows, stride, kv_heads, size, k_weight, eps, positions, cos, signed_sin, k_out);
+}
+
+/* k and v, rows of `size` values that lie `stride` apart, into rows `slots` of the caches; `size` is a multiple of
+ * LANES for a bf16 cache. */
 void store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, int64_t rows, int64_t size,
-              const int64_t *slots, float *keys, float *values) {
-    for (int64_t row = 0; row < rows; row++) {
-        memcpy(keys + slots[row] * size, k + row * k_stride, size * sizeof *k);
-        memcpy(values + slots[row] * size, v + row * v_stride, size * sizeof *v);
+              const int64_t *slots, char *keys, char *values, int64_t itemsize) {
+    for (int64_t row = 0; row < rows; row++, k += k_stride, v += v_stride) {
+        char *key = keys + slots[row] * size * itemsize, *value = values + slots[row] * size * itemsize;
+        for (int64_t i = 0; i < size; i += LANES) {
+            store_cached(key + i * itemsize, load(k + i), itemsize);
+            store_cached(value + i * itemsize, load(v + i), itemsize);
+        }
     }
 }
 
-typedef struct {
-    int64_t heads, kv_heads, size, page_size;
-} Shape;
+static int64_t round_up(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-/* scores[head][t] = q . key of token t * scale, `room` scores a head. All heads go through the cache together. */
-static void scores_of(const float *q, const float *keys, const int64_t *pages, int64_t length, Shape shape,
-                      float *scores, int64_t room) {
-    const int64_t group = shape.heads / shape.kv_heads;
-    const float scale = 1 / sqrtf((float)shape.size);
-    for (int64_t t = 0; t < length; t++) {
-        int64_t slot = pages[t / shape.page_size] * shape.page_size + t % shape.page_size;
-        const float *key = keys + slot * shape.kv_heads * shape.size;
-        for (int64_t head = 0; head < shape.heads; head++) {
-            const float *query = q + head * shape.size, *own_key = key + head / group * shape.size;
-            floats total = {0};
-            for (int64_t d = 0; d < shape.size; d += LANES) total += load(query + d) * load(own_key + d);
-            scores[head * room + t] = sum(total) * scale;
+/* One head of a cache: token t's row begins at first + offsets[t]. */
+typedef struct {
+    const char *first;
+    const int64_t *offsets;
+} Head;
+
+/* The rows of a sequence's tokens, counted in bytes from the start of the cache. */
+static void find_rows(const int64_t *pages, int64_t length, int64_t page_size, int64_t row_size, int64_t *offsets) {
+    for (int64_t start = 0; start < length; start += page_size, pages++)
+        for (int64_t i = 0; i < page_size && start + i < length; i++)
+            offsets[start + i] = (*pages * page_size + i) * row_size;
+}
+
+/* scores[t] = q . key of token t * scale; room for a multiple of LANES. */
+INLINE void scores_of(const float *q, Head keys, int64_t length, int64_t size, const int itemsize, float *scores) {
+    const float scale = 1 / sqrtf((float)size);
+    for (int64_t t = 0; t < length; t += LANES) {
+        const char *rows[LANES];
+        floats totals[LANES] = {{0}};
+        for (int i = 0; i < LANES; i++) rows[i] = keys.first + keys.offsets[t + i < length ? t + i : length - 1];
+        for (int64_t d = 0; d < size; d += LANES) {
+            floats part = load(q + d);
+            for (int i = 0; i < LANES; i++) totals[i] += part * load_cached(rows[i] + d * itemsize, itemsize);
         }
+        store(scores + t, sums_of(totals) * scale);
     }
 }
 
@@ -86,39 +109,59 @@ static void softmax(float *scores, int64_t length) {
     for (int64_t t = 0; t < length; t += LANES) store(scores + t, load(scores + t) * factor);
 }
 
-static void weighted_values(const float *weights, int64_t room, const float *values, const int64_t *pages,
-                            int64_t length, Shape shape, float *out) {
-    const int64_t group = shape.heads / shape.kv_heads;
-    memset(out, 0, shape.heads * shape.size * sizeof *out);
+/* out[d] = the sum of weights[t] * value of token t, for `width` (a constant) vectors of d from `first` on. */
+INLINE void weighted_part(const float *weights, Head values, int64_t length, int64_t first, const int width,
+                          const int itemsize, float *out) {
+    floats totals[4] = {{0}};
     for (int64_t t = 0; t < length; t++) {
-        int64_t slot = pages[t / shape.page_size] * shape.page_size + t % shape.page_size;
-        const float *value = values + slot * shape.kv_heads * shape.size;
-        for (int64_t head = 0; head < shape.heads; head++) {
-            float weight = weights[head * room + t], *sum_of = out + head * shape.size;
-            const float *own_value = value + head / group * shape.size;
-            for (int64_t d = 0; d < shape.size; d += LANES)
-                store(sum_of + d, load(sum_of + d) + weight * load(own_value + d));
+        const char *value = values.first + values.offsets[t] + first * itemsize;
+        for (int i = 0; i < width; i++)
+            totals[i] += weights[t] * load_cached(value + i * LANES * itemsize, itemsize);
+    }
+    for (int i = 0; i < width; i++) store(out + first + i * LANES, totals[i]);
+}
+
+INLINE void weighted_values(const float *weights, Head values, int64_t length, int64_t size, const int itemsize,
+                            float *out) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= size; d += 4 * LANES) weighted_part(weights, values, length, d, 4, itemsize, out);
+    for (; d < size; d += LANES) weighted_part(weights, values, length, d, 1, itemsize, out);
+}
+
+/* One query of one head. */
+INLINE void attend(const float *q, Head keys, Head values, int64_t length, int64_t size, const int itemsize,
+                   float *scores, float *out) {
+    scores_of(q, keys, length, size, itemsize, scores);
+    softmax(scores, length);
+    weighted_values(scores, values, length, size, itemsize, out);
+}
+
+/* One query a sequence: q and out [B, N, D], caches [pages, page_size, kv_heads, D] of `itemsize` bytes an element,
+ * page_tables [B, P] int64, seq_lens [B] int64. */
+void decode_attention(const float *q, const char *keys, const char *values, const int64_t *page_tables,
+                      int64_t pages, const int64_t *seq_lens, int64_t batch, int64_t heads, int64_t kv_heads,
+                      int64_t size, int64_t page_size, int64_t itemsize, float *out) {
+    const int64_t group = heads / kv_heads, room = round_up(pages * page_size);
+    int64_t *offsets = malloc(room * sizeof *offsets);
+    float *scores = malloc(room * sizeof *scores);
+    for (int64_t b = 0; b < batch; b++, page_tables += pages) {
+        find_rows(page_tables, seq_lens[b], page_size, kv_heads * size * itemsize, offsets);
+        for (int64_t head = 0; head < heads; head++, q += size, out += size) {
+            const int64_t first = head / group * size * itemsize;
+            const Head k = {keys + first, offsets}, v = {values + first, offsets};
+            if (itemsize == 2)
+                attend(q, k, v, seq_lens[b], size, 2, scores, out);
+            else
+                attend(q, k, v, seq_lens[b], size, 4, scores, out);
         }
     }
+    free(offsets), free(scores);
 }
 
-/* One query a sequence: q and out [B, N, D], caches [pages, page_size, kv_heads, D], page_tables [B, P] int64,
- * seq_lens [B] int64. Scratch: N `room` floats with `room` a multiple of LANES, at least P * page_size. */
-void decode_attention(const float *q, const float *keys, const float *values, const int64_t *page_tables,
-                      int64_t pages, const int64_t *seq_lens, int64_t batch, int64_t heads, int64_t kv_heads,
-                      int64_t size, int64_t page_size, float *scratch, int64_t room, float *out) {
-    const Shape shape = {heads, kv_heads, size, page_size};
-    for (int64_t b = 0; b < batch; b++, page_tables += pages) {
-        scores_of(q + b * heads * size, keys, page_tables, seq_lens[b], shape, scratch, room);
-        for (int64_t head = 0; head < heads; head++) softmax(scratch + head * room, seq_lens[b]);
-        weighted_values(scratch, room, values, page_tables, seq_lens[b], shape, out + b * heads * size);
-    }
-}
-
-/* The k largest of softmax(logits [T, E]), the lower expert first where they are equal, NaN before all numbers.
- * Scratch: E + LANES floats. */
-void topk_softmax(const float *logits, int64_t rows, int64_t experts, int64_t top_k, int renormalize, float *scratch,
-                  int32_t *ids, float *weights) {
+/* The k largest of softmax(logits [T, E]), the lower expert first where they are equal, NaN before all numbers. */
+void topk_softmax(const float *logits, int64_t rows, int64_t experts, int64_t top_k, int renormalize, int32_t *ids,
+                  float *weights) {
+    float *scratch = malloc(round_up(experts) * sizeof *scratch);
     for (int64_t row = 0; row < rows; row++, logits += experts, ids += top_k, weights += top_k) {
         memcpy(scratch, logits, experts * sizeof *logits);
         softmax(scratch, experts);
@@ -133,5 +176,40 @@ void topk_softmax(const float *logits, int64_t rows, int64_t experts, int64_t to
             scratch[best] = -1; /* taken */
         }
         for (int64_t k = 0; renormalize && k < top_k; k++) weights[k] /= total;
+    }
+    free(scratch);
+}
+
+/* out [T, N] = x [T, K] . w [N, K]^T, for the few outputs of a router. */
+void linear(const float *x, int64_t rows, int64_t columns, const float *weight, int64_t outputs, float *out) {
+    for (int64_t row = 0; row < rows; row++, x += columns, out += outputs)
+        for (int64_t first = 0; first < outputs; first += LANES) {
+            int64_t width = outputs - first < LANES ? outputs - first : LANES;
+            floats totals[LANES] = {{0}};
+            for (int64_t k = 0; k < columns; k += LANES) {
+                int64_t count = columns - k < LANES ? columns - k : LANES;
+                floats part = count == LANES ? load(x + k) : load_some(x + k, count);
+                for (int64_t i = 0; i < width; i++) {
+                    const float *w = weight + (first + i) * columns + k;
+                    totals[i] += part * (count == LANES ? load(w) : load_some(w, count));
+                }
+            }
+            store_some(out + first, sums_of(totals), width);
+        }
+}
+
+/* The first of the largest of each row, -1 for a row with a number that is not finite. */
+void argmax(const float *x, int64_t rows, int64_t columns, int64_t *out) {
+    for (int64_t row = 0; row < rows; row++, x += columns) {
+        floats largest = all(-INFINITY), doubtful = {0};
+        int64_t k = 0;
+        for (; k + LANES <= columns; k += LANES) {
+            largest = larger(load(x + k), largest);
+            doubtful += load(x + k) - load(x + k); /* NaN for infinities, too */
+        }
+        float best = largest_of(largest), doubt = sum(doubtful);
+        for (; k < columns; k++) best = x[k] > best ? x[k] : best, doubt += x[k] - x[k];
+        for (k = 0; doubt == 0 && x[k] != best;) k++;
+        out[row] = doubt == 0 ? k : -1;
     }
 }

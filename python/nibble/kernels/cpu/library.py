@@ -3,6 +3,7 @@
 import ctypes
 import functools
 
+import torch
 from torch import Tensor
 
 from nibble.config.resolve import CPU_KERNELS
@@ -12,15 +13,16 @@ _INT, _FLOAT, _ADDRESS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
     "initialize": [],
     "quantize_rows": [_ADDRESS, _INT, _INT, _FLOAT, _ADDRESS, _ADDRESS],
-    "decode_rows": [_ADDRESS, _INT, _ADDRESS] + [_INT] * 3 + [_ADDRESS] * 2,
     "quantize_pack": [_ADDRESS] * 3 + [_INT] * 3 + [_FLOAT] + [_INT] * 4 + [_ADDRESS],
-    "matmul_nvfp4": [_ADDRESS] * 2 + [_INT] * 2 + [_ADDRESS] * 3 + [_INT] + [_ADDRESS] * 2,
-    "fused_moe_nvfp4": [_ADDRESS] * 3 + [_INT, _ADDRESS] + [_INT] * 7 + [_ADDRESS] * 11,
+    "linear_nvfp4": [_ADDRESS] + [_INT] * 2 + [_FLOAT] + [_ADDRESS] * 3 + [_INT, _ADDRESS],
+    "fused_moe_nvfp4": [_ADDRESS, _INT] * 4 + [_INT] * 6 + [_ADDRESS] * 8,
     "rms_norm": [_ADDRESS] + [_INT] * 3 + [_ADDRESS, _FLOAT, _ADDRESS],
-    "norm_rope": [_ADDRESS] + [_INT] * 4 + [_ADDRESS, _FLOAT] + [_ADDRESS] * 4,
-    "store_kv": [_ADDRESS, _INT, _ADDRESS] + [_INT] * 3 + [_ADDRESS] * 3,
-    "decode_attention": [_ADDRESS] * 4 + [_INT, _ADDRESS] + [_INT] * 5 + [_ADDRESS, _INT, _ADDRESS],
-    "topk_softmax": [_ADDRESS] + [_INT] * 3 + [ctypes.c_int] + [_ADDRESS] * 3,
+    "qk_norm_rope": [_ADDRESS] * 2 + [_INT] * 5 + [_ADDRESS] * 2 + [_FLOAT] + [_ADDRESS] * 5,
+    "store_kv": [_ADDRESS, _INT, _ADDRESS] + [_INT] * 3 + [_ADDRESS] * 3 + [_INT],
+    "decode_attention": [_ADDRESS] * 4 + [_INT, _ADDRESS] + [_INT] * 6 + [_ADDRESS],
+    "linear": [_ADDRESS] + [_INT] * 2 + [_ADDRESS, _INT, _ADDRESS],
+    "argmax": [_ADDRESS] + [_INT] * 2 + [_ADDRESS],
+    "topk_softmax": [_ADDRESS] + [_INT] * 3 + [ctypes.c_int] + [_ADDRESS] * 2,
 }
 
 
@@ -33,6 +35,11 @@ def c_kernels() -> ctypes.CDLL:
         function.argtypes, function.restype = arguments, None
     library.initialize()
     return library
+
+
+def as_fp32(x: Tensor) -> Tensor:
+    """`x` as the kernels take it, itself if it is so already."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def address(tensor: Tensor) -> int:

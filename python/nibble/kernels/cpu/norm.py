@@ -17,14 +17,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """`kernels.torch.norm.norm_rope`; heads of a row lie after each other, rows may lie apart."""
-    rows, heads, size = x.shape
-    if x.dtype != torch.float32 or x.stride()[1:] != (size, 1) or size % 2:
-        return norm.norm_rope(x, weight, eps, positions, cos, signed_sin)
-    out = torch.empty(rows, heads, size)
-    c_kernels().norm_rope(
-        address(x), rows, x.stride(0), heads, size, address(weight), eps,
-        address(positions), address(cos), address(signed_sin), address(out),
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`kernels.torch.norm.qk_norm_rope` for parts of one tensor, in which heads of a row lie after each other."""
+    (rows, heads, size), kv_heads = q.shape, k.shape[1]
+    strides = (q.stride(0), size, 1)
+    if q.dtype != torch.float32 or q.stride() != strides or k.stride() != strides or size % 2:
+        return norm.qk_norm_rope(q, k, q_weight, k_weight, eps, positions, cos, sin)
+    q_out, k_out = torch.empty(rows, heads, size), torch.empty(rows, kv_heads, size)
+    c_kernels().qk_norm_rope(
+        address(q), address(k), rows, strides[0], heads, kv_heads, size, address(q_weight), address(k_weight), eps,
+        address(positions), address(cos), address(sin), address(q_out), address(k_out),
     )  # fmt: skip
-    return out
+    return q_out, k_out

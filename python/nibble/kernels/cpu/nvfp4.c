@@ -9,6 +9,8 @@
  * 4 l + i of the first (second) 64 holds output l's columns i and 4 + i (8 + i and 12 + i) in its low and high half,
  * and 16 scales as bf16, a quarter of the e4m3 value because both factors of a product are doubled.
  */
+#include <stdlib.h>
+
 #include "nvfp4.h"
 
 #define MAX_ROWS 8 /* that read a tile at once; their sums stay in registers */
@@ -35,6 +37,27 @@ void initialize(void) {
     }
 }
 
+/* Rows of activations as the products read them: codes of one byte, and fp32 scales. The pointers may be put in any
+ * order, and `codes` and `scales` are where the first row lies. */
+typedef struct {
+    const uint8_t **codes;
+    const float **scales;
+} Rows;
+
+/* Room for `rows` rows; whoever gets it frees `codes`, which holds it all. */
+static Rows allocate_rows(int64_t rows, int64_t columns) {
+    const int64_t blocks = columns / BLOCK;
+    void **memory = malloc(rows * (2 * sizeof(void *) + blocks * sizeof(float) + columns));
+    Rows result = {(const uint8_t **)memory, (const float **)(memory + rows)};
+    float *scales = (float *)(memory + 2 * rows);
+    uint8_t *codes = (uint8_t *)(scales + rows * blocks);
+    for (int64_t row = 0; row < rows; row++) {
+        result.codes[row] = codes + row * columns;
+        result.scales[row] = scales + row * blocks;
+    }
+    return result;
+}
+
 /* x [T, K] as codes uint8 [T, K] and scales fp32 [T, K/16]. */
 void quantize_rows(const float *x, int64_t rows, int64_t columns, float input_scale, uint8_t *codes, float *scales) {
     for (int64_t i = 0; i < rows * columns / BLOCK; i++)
@@ -42,7 +65,7 @@ void quantize_rows(const float *x, int64_t rows, int64_t columns, float input_sc
 }
 
 /* The same from e2m1 pairs and e4m3 scales in rows that lie `x_stride` and `scale_stride` bytes apart. */
-void decode_rows(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales, int64_t scale_stride, int64_t rows,
+static void decode_rows(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales, int64_t scale_stride, int64_t rows,
                  int64_t columns, uint8_t *codes, float *scales) {
     for (int64_t row = 0; row < rows; row++, codes += columns, scales += columns / BLOCK) {
         for (int64_t i = 0; i < columns / 2; i++) memcpy(codes + 2 * i, &doubled_codes[x[row * x_stride + i]], 2);
@@ -88,12 +111,6 @@ static Matrix part(Matrix matrix, int64_t first_tile) {
     return matrix;
 }
 
-/* Rows of activations, in any order in memory. */
-typedef struct {
-    const uint8_t **codes;
-    const float **scales;
-} Rows;
-
 /* sums[r] = row r times each of the tile's 16 outputs; `rows` is a constant. */
 INLINE void multiply_tile(Matrix tile, Rows x, const int rows, floats *sums) {
     static const uint8_t middle[4] = {ZERO_CODE, ZERO_CODE, ZERO_CODE, ZERO_CODE};
@@ -110,9 +127,7 @@ INLINE void multiply_tile(Matrix tile, Rows x, const int rows, floats *sums) {
         };
         ints offset = {0}; /* what ZERO_CODE in every column adds */
         for (int i = 0; i < 4; i++) offset = dot4(offset, middle, w[i]);
-        halves narrow;
-        memcpy(&narrow, tile.scales + block * LANES, sizeof narrow);
-        floats scales = (floats)(__builtin_convertvector(narrow, words) << 16);
+        floats scales = load_bf16(tile.scales + block * LANES);
         for (int row = 0; row < rows; row++) {
             const uint8_t *codes = x.codes[row] + block * BLOCK;
             ints dot = -offset;
@@ -136,25 +151,29 @@ static int multiply_some(Matrix tile, Rows x, int64_t rows, floats *sums) {
     }
 }
 
-/* out [T, N] = x [T, K] . w [N, K]^T * alpha [N]. Scratch: 2 T pointers. */
-void matmul_nvfp4(const uint8_t *x, const float *x_scales, int64_t rows, int64_t columns, const uint8_t *weights,
-                  const uint16_t *scales, const float *alpha, int64_t outputs, const void **pointers, float *out) {
-    Matrix matrix = {weights, scales, columns / BLOCK};
-    Rows all_rows = {(const uint8_t **)pointers, (const float **)(pointers + rows)};
-    for (int64_t row = 0; row < rows; row++) {
-        all_rows.codes[row] = x + row * columns;
-        all_rows.scales[row] = x_scales + row * matrix.blocks;
-    }
+/* out [T, N] = quantize(x [T, K]) . w [N, K]^T * alpha [N]. */
+void linear_nvfp4(const float *x, int64_t rows, int64_t columns, float input_scale, const uint8_t *weights,
+                  const uint16_t *scales, const float *alpha, int64_t outputs, float *out) {
+    if (rows == 0) return;
+    const Matrix matrix = {weights, scales, columns / BLOCK};
+    Rows quantized = allocate_rows(rows, columns);
+    quantize_rows(x, rows, columns, input_scale, (uint8_t *)quantized.codes[0], (float *)quantized.scales[0]);
     for (int64_t first = 0; first < outputs; first += LANES) {
         int64_t width = outputs - first < LANES ? outputs - first : LANES;
         floats factor = load_some(alpha + first, width), sums[MAX_ROWS];
         Matrix tile = part(matrix, first / LANES);
         for (int64_t row = 0, count; row < rows; row += count) {
-            count = multiply_some(tile, (Rows){all_rows.codes + row, all_rows.scales + row}, rows - row, sums);
-            for (int64_t i = 0; i < count; i++)
-                store_some(out + (row + i) * outputs + first, sums[i] * factor, width);
+            count = multiply_some(tile, (Rows){quantized.codes + row, quantized.scales + row}, rows - row, sums);
+            for (int64_t i = 0; i < count; i++) {
+                float *place = out + (row + i) * outputs + first;
+                if (width == LANES)
+                    store(place, sums[i] * factor);
+                else
+                    store_some(place, sums[i] * factor, width);
+            }
         }
     }
+    free(quantized.codes);
 }
 
 /* The stacked experts of one rank: E matrices w13 [2I, H], gate before up, and w2 [H, I]. */
@@ -199,36 +218,34 @@ static void down(const Experts *experts, int64_t expert, Rows h, const float *we
     }
 }
 
-/* Routed experts first_expert … first_expert + E - 1 on x [T, H]; out [T, H] zeroed by the caller. Rows of ids and
- * of weights lie `ids_stride` and `weights_stride` elements apart; H and I are multiples of BLOCK. Scratch: 5 T
- * pointers, T I bytes, T (I/16 + 1) floats. */
-void fused_moe_nvfp4(const uint8_t *x, const float *x_scales, const int32_t *topk_ids, int64_t ids_stride,
-                     const float *topk_weights, int64_t weights_stride, int64_t rows, int64_t hidden, int64_t width,
-                     int64_t top_k, int64_t first_expert, int64_t num_experts, const uint8_t *w13,
-                     const uint16_t *w13_scales, const uint8_t *w2, const uint16_t *w2_scales,
-                     const float *g1_gate_up, const float *w2_input_scale, const float *g2, const void **pointers,
-                     uint8_t *bytes_scratch, float *floats_scratch, float *out) {
+/* Routed experts first_expert … first_expert + E - 1 on T rows, as `decode_rows` takes them; out [T, H]. Rows of ids
+ * and of weights lie `ids_stride` and `weights_stride` elements apart; H and I are multiples of BLOCK. */
+void fused_moe_nvfp4(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales, int64_t scale_stride,
+                     const int32_t *topk_ids, int64_t ids_stride, const float *topk_weights, int64_t weights_stride,
+                     int64_t rows, int64_t hidden, int64_t width, int64_t top_k, int64_t first_expert,
+                     int64_t num_experts, const uint8_t *w13, const uint16_t *w13_scales, const uint8_t *w2,
+                     const uint16_t *w2_scales, const float *g1_gate_up, const float *w2_input_scale, const float *g2,
+                     float *out) {
     const int64_t x_blocks = hidden / BLOCK, h_blocks = width / BLOCK;
     const Experts experts = {{w13, w13_scales, x_blocks}, {w2, w2_scales, h_blocks}, g1_gate_up, w2_input_scale, g2};
-    Rows chosen = {(const uint8_t **)pointers, (const float **)(pointers + rows)};
-    Rows intermediate = {(const uint8_t **)(pointers + 2 * rows), (const float **)(pointers + 3 * rows)};
-    float **places = (float **)(pointers + 4 * rows), *h_scales = floats_scratch;
-    float *weights = floats_scratch + rows * h_blocks;
-    for (int64_t row = 0; row < rows; row++) {
-        intermediate.codes[row] = bytes_scratch + row * width;
-        intermediate.scales[row] = h_scales + row * h_blocks;
-    }
+    if (rows == 0) return;
+    Rows all_rows = allocate_rows(rows, hidden), chosen = allocate_rows(rows, 0), h = allocate_rows(rows, width);
+    float **places = malloc(rows * sizeof *places), *weights = malloc(rows * sizeof *weights);
+    decode_rows(x, x_stride, x_scales, scale_stride, rows, hidden, (uint8_t *)all_rows.codes[0],
+                (float *)all_rows.scales[0]);
+    memset(out, 0, rows * hidden * sizeof *out);
     for (int64_t expert = 0; expert < num_experts; expert++) {
         int64_t count = 0;
         for (int64_t row = 0; row < rows; row++)
             for (int64_t k = 0; k < top_k; k++)
                 if (topk_ids[row * ids_stride + k] == first_expert + expert) {
-                    chosen.codes[count] = x + row * hidden;
-                    chosen.scales[count] = x_scales + row * x_blocks;
+                    chosen.codes[count] = all_rows.codes[row];
+                    chosen.scales[count] = all_rows.scales[row];
                     places[count] = out + row * hidden;
                     weights[count++] = topk_weights[row * weights_stride + k];
                 }
-        gate_and_up(&experts, expert, chosen, count, bytes_scratch, h_scales);
-        down(&experts, expert, intermediate, weights, count, places);
+        gate_and_up(&experts, expert, chosen, count, (uint8_t *)h.codes[0], (float *)h.scales[0]);
+        down(&experts, expert, h, weights, count, places);
     }
+    free(all_rows.codes), free(chosen.codes), free(h.codes), free(places), free(weights);
 }

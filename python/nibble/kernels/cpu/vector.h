@@ -41,6 +41,34 @@ INLINE void store_some(float *x, floats value, int64_t count) {
     memcpy(x, padded, count * sizeof *x);
 }
 
+/* 16 bf16 numbers. GCC 12 would widen them in two halves. */
+INLINE floats load_bf16(const void *x) {
+    halves narrow;
+    memcpy(&narrow, x, sizeof narrow);
+#if defined(__AVX512F__)
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
+#else
+    return (floats)(__builtin_convertvector(narrow, words) << 16);
+#endif
+}
+
+/* 16 numbers of the KV cache, whose elements have `itemsize` bytes: fp32, or 2 for bf16. */
+INLINE floats load_cached(const char *x, const int itemsize) {
+    return itemsize == 2 ? load_bf16(x) : load((const float *)x);
+}
+
+/* Rounded to nearest even; NaN stays NaN. */
+INLINE void store_cached(char *x, floats value, const int itemsize) {
+    if (itemsize == 4) {
+        store((float *)x, value);
+        return;
+    }
+    words bits = (words)value, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    ints is_nan = value != value;
+    halves narrow = __builtin_convertvector((rounded & (words)~is_nan) | (0x7FC0 & (words)is_nan), halves);
+    memcpy(x, &narrow, sizeof narrow);
+}
+
 INLINE floats choose(ints condition, floats yes, floats no) {
     return (floats)(((ints)yes & condition) | ((ints)no & ~condition));
 }
@@ -62,6 +90,26 @@ INLINE float largest_of(floats v) {
     v = larger(v, HALVE(v, 4));
     v = larger(v, HALVE(v, 2));
     return v[0] > v[1] ? v[0] : v[1];
+}
+
+/* Lane i is the sum of v[i], all 16 reduced together. */
+INLINE floats sums_of(floats *v) {
+#define FOLD(count, first, second) \
+    for (int i = 0; i < count; i++) \
+        v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (ints)first) + \
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], (ints)second);
+#define LIST(...) {__VA_ARGS__}
+    FOLD(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+         LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    FOLD(4, LIST(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+         LIST(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+    FOLD(2, LIST(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29),
+         LIST(2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+    FOLD(1, LIST(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+         LIST(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+#undef FOLD
+#undef LIST
+    return v[0];
 }
 
 /* Whether any lane of a comparison's result is true. */

@@ -19,6 +19,9 @@ def rotate(x: Tensor, positions: Tensor, cos: Tensor, signed_sin: Tensor) -> Ten
     return x * cos[positions][:, None] + x.roll(half, dims=-1) * signed_sin[positions][:, None]
 
 
-def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """`rms_norm` of each head of `x [T, N, D]`, then `rotate`."""
-    return rotate(rms_norm(x, weight, eps), positions, cos, signed_sin)
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of each head of the queries `[T, N, D]` and the keys `[T, KV, D]`, then `rotate`."""
+    q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    return rotate(q, positions, cos, sin), rotate(k, positions, cos, sin)

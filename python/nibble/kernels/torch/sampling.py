@@ -9,6 +9,12 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row of `logits [R, V]`, int64 `[R]`; -1 for a row with a NaN or an infinity."""
+    finite = logits.isfinite().all(dim=-1)
+    return torch.where(finite, logits.argmax(dim=-1), -1)
+
+
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

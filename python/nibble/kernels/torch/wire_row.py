@@ -6,6 +6,7 @@ multiple of 4, the row ends at a multiple of 16, and every byte of padding is ze
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,19 +32,19 @@ class WireRowLayout:
         if self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
 
-    @property
+    @cached_property
     def scale_offset(self) -> int:
         return self.hidden_size // 2
 
-    @property
+    @cached_property
     def ids_offset(self) -> int:
         return _align(self.scale_offset + self.hidden_size // BLOCK_SIZE, 4)
 
-    @property
+    @cached_property
     def weights_offset(self) -> int:
         return self.ids_offset + 4 * self.top_k
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return _align(self.weights_offset + 4 * self.top_k, _ROW_ALIGNMENT)
 

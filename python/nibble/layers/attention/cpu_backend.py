@@ -1,7 +1,5 @@
 """Paged attention on a CPU: decoding sequences in C, straight from their pages; prompts in torch."""
 
-import ctypes
-
 import torch
 
 from nibble.kernels.cpu.library import address, c_kernels
@@ -18,12 +16,13 @@ class CpuAttentionBackend(TorchAttentionBackend):
 
 class CpuAttentionStep(TorchAttentionStep):
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        row = k.shape[1] * k.shape[2]
-        if k.dtype != torch.float32 or any(x.stride()[1:] != (x.shape[2], 1) for x in (k, v)):
+        _, heads, size = k.shape
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        if k.dtype != torch.float32 or k.stride()[1:] != (size, 1) or v.stride()[1:] != (size, 1):
             return super().store(layer, k, v)
         c_kernels().store_kv(
-            address(k), k.stride(0), address(v), v.stride(0), len(k), row, address(self.slots),
-            address(self.pool.keys[layer]), address(self.pool.values[layer]),
+            address(k), k.stride(0), address(v), v.stride(0), len(k), heads * size, address(self.slots),
+            address(keys), address(values), keys.itemsize,
         )  # fmt: skip
 
     def attend(self, layer: int, group: SequenceGroup, q: torch.Tensor) -> torch.Tensor:
@@ -34,9 +33,8 @@ class CpuAttentionStep(TorchAttentionStep):
         (batch, pages), heads = group.pages.shape, q.shape[1]
         rows = q[group.first_row : group.first_row + batch].contiguous()
         out = torch.empty(batch, heads * size)
-        room = -(-pages * page_size // _LANES) * _LANES
         c_kernels().decode_attention(
             address(rows), address(keys), address(values), address(group.pages), pages, address(group.seq_lens),
-            batch, heads, kv_heads, size, page_size, (ctypes.c_float * (heads * room))(), room, address(out),
+            batch, heads, kv_heads, size, page_size, keys.itemsize, address(out),
         )  # fmt: skip
         return out

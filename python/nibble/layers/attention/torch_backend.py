@@ -47,12 +47,14 @@ class TorchAttentionBackend:
 
     def _slots(self, batch: AttentionBatch) -> torch.Tensor:
         """Where the new tokens of each sequence go. [T]"""
-        slots = []
-        for query_len, seq_len, table in zip(batch.query_lens, batch.seq_lens, batch.page_tables, strict=True):
-            positions = np.arange(seq_len - query_len, seq_len)
-            page = np.asarray(table)[positions // self.pool.page_size]
-            slots.append(page * self.pool.page_size + positions % self.pool.page_size)
-        return torch.from_numpy(np.concatenate(slots))
+        size = self.pool.page_size
+        return torch.tensor(
+            [
+                table[position // size] * size + position % size
+                for query_len, seq_len, table in zip(batch.query_lens, batch.seq_lens, batch.page_tables, strict=True)
+                for position in range(seq_len - query_len, seq_len)
+            ]
+        )
 
     def _group(self, batch: AttentionBatch, first_row: int, members: range) -> SequenceGroup:
         query_len = batch.query_lens[members.start]
@@ -95,7 +97,7 @@ class TorchAttentionStep:
         sequences, queries = group.pages.shape[0], group.query_len
         rows = q[group.first_row : group.first_row + sequences * queries]
         keys, values = (
-            cache[layer].index_select(0, group.pages.flatten()).unflatten(0, group.pages.shape)
+            cache[layer].index_select(0, group.pages.flatten()).unflatten(0, group.pages.shape).to(q.dtype)
             for cache in (self.pool.keys, self.pool.values)
         )  # [B, P, page_size, kv_heads, D]
         kv_heads, size = keys.shape[-2:]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.parallel_state import ParallelState
+from nibble.kernels.select import Kernels
 from nibble.kernels.torch.fused_moe import fused_moe
 from nibble.kernels.torch.wire_row import UnpackedRows
 from nibble.layers.moe.token_dispatcher import GatheredRows
@@ -20,14 +20,17 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class UnquantizedLinear:
     """`x @ weight.T + bias`. `parts` are (name in the checkpoint, rows) in the order of the output."""
 
-    def __init__(self, in_features: int, parts: Sequence[tuple[str, int]], bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kernels: Kernels, in_features: int, parts: Sequence[tuple[str, int]], bias: bool, dtype: torch.dtype
+    ) -> None:
+        self.kernel = kernels.linear
         self.parts = list(parts)
         out_features = sum(rows for _, rows in parts)
         self.weight = torch.empty(out_features, in_features, dtype=dtype)  # [N, K]
         self.bias = torch.empty(out_features, dtype=dtype) if bias else None  # [N]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.kernel(x, self.weight, self.bias)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         targets = {}

@@ -1,0 +1,516 @@
+"""The routed NVFP4 experts of one rank on GPUs without FP4 tensor cores (sm80 and later).
+
+The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in four kernels:
+
+1. `_prepare_kernel` sorts the (row, expert) pairs of this rank by expert, into blocks of pairs of one expert, and
+   unpacks the rows to fp16;
+2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result;
+3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
+4. `_combine_kernel` adds the results of each row.
+
+Which blocks there are is known on the device only, so a fixed number of programs shares them out. Nothing waits for
+the device, and sizes depend on shapes alone: a CUDA graph can capture a call. Nothing is added in an order that may
+vary, so the same inputs give the same bits; the order of a row's experts does not matter either.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
+from nibble.kernels.triton.nvfp4_tiles import (
+    WEIGHT_UNIT,
+    NvFp4Tiles,
+    block_columns,
+    e2m1_value,
+    e4m3_value,
+    fake_quantize,
+    multiply_rows,
+    num_multiprocessors,
+    pack_tiles,
+    padded_columns,
+)
+
+# Rows of one pass: beyond, the results of all pairs would take more memory than they save time.
+_MAX_ROWS = 4096
+_ASSIGN_TILE = 128  # pairs that one program places
+_SCAN_TILE = 1024  # pairs that it counts at once
+_UNPACK_TILE = 512  # words of eight values that one program unpacks
+_COMBINE_TILE = 1024  # columns
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the two products are cut: `block_n` rows of weights by `block_m` pairs a tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_multiprocessor: int
+
+
+def choose_tiling(pairs_per_expert: float) -> Tiling:
+    """By the mean number of pairs, of which most experts should fit into one block."""
+    if pairs_per_expert <= 6:
+        return Tiling(16, 64, 4, 4, 4)
+    if pairs_per_expert <= 20:
+        return Tiling(32, 64, 4, 4, 4)
+    if pairs_per_expert <= 40:
+        return Tiling(64, 64, 4, 4, 3)
+    return Tiling(128, 128, 8, 3, 1)
+
+
+class Nvfp4MoE:
+    """The experts `first_expert`, … of a layer, packed.
+
+    `num_experts` is the number of experts of the whole layer, by default of this rank; it only serves to guess how
+    many pairs an expert gets. `dtype` is that of the result, and of the weighted result of each pair before they are
+    added (in fp32). Block scales must not be negative.
+    """
+
+    def __init__(
+        self,
+        packed: PackedNvfp4Experts,
+        first_expert: int,
+        num_experts: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.first_expert, self.dtype = first_expert, dtype
+        self.num_local, self.hidden_size = packed.w2.shape[:2]
+        self.num_experts = num_experts or self.num_local
+        self.w13 = _pack_stack(_interleave_gate_up(packed.w13), _interleave_gate_up(packed.w13_scales))
+        self.w2 = _pack_stack(packed.w2, packed.w2_scales)
+        self.g1_gate_up = packed.g1_gate_up / WEIGHT_UNIT
+        self.w2_input_scale = packed.w2_input_scale
+        self.g2 = packed.g2 / WEIGHT_UNIT
+
+    def __call__(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The contract of `fused_moe_nvfp4`, with [S, H] of `dtype` as result; no rows launch nothing.
+
+        `x_fp4` [S, H/2], `x_scale` [S, H/16], `topk_ids` and `topk_weights` [S, K] may be views of wire rows.
+        """
+        out = x_fp4.new_empty(x_fp4.shape[0], self.hidden_size, dtype=self.dtype)
+        arguments = (x_fp4, x_scale, topk_ids, topk_weights, out)
+        if len(out) > 0:
+            for part in zip(*(tensor.split(_MAX_ROWS) for tensor in arguments), strict=True):
+                self._run(*part)
+        return out
+
+    def _run(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+        rows, top_k = topk_ids.shape
+        pairs = rows * top_k
+        tiling = choose_tiling(pairs / self.num_experts)
+        # Every expert with pairs may leave one block partly empty.
+        used_experts = min(pairs, self.num_local)
+        max_blocks = used_experts + (pairs - used_experts) // tiling.block_m
+        blocks = topk_ids.new_empty(3, max_blocks)
+        num_blocks = topk_ids.new_empty(1)
+        sorted_pairs = topk_ids.new_empty(pairs)
+        x = x_fp4.new_empty(rows, self.w13.columns, dtype=torch.float16)
+        hidden = x.new_empty(pairs, self.w2.columns)
+        results = out.new_empty(pairs, self.hidden_size)
+
+        x_fp4 = _word_aligned(x_fp4)
+        assign_programs = triton.cdiv(pairs, _ASSIGN_TILE)
+        unpack_programs = triton.cdiv(rows * self.w13.columns // 8, _UNPACK_TILE)
+        _prepare_kernel[(assign_programs + unpack_programs,)](
+            x_fp4,
+            x_scale.view(torch.uint8),
+            topk_ids,
+            sorted_pairs,
+            blocks,
+            num_blocks,
+            x,
+            x_fp4.stride(0),
+            x_scale.stride(0),
+            topk_ids.stride(0),
+            topk_ids.stride(1),
+            rows,
+            self.first_expert,
+            max_blocks,
+            assign_programs,
+            HIDDEN_SIZE=self.hidden_size,
+            PADDED_SIZE=self.w13.columns,
+            TOP_K=top_k,
+            NUM_EXPERTS=self.num_local,
+            EXPERT_TILE=triton.next_power_of_2(self.num_local),
+            BLOCK_M=tiling.block_m,
+            ASSIGN_TILE=_ASSIGN_TILE,
+            SCAN_TILE=_ASSIGN_TILE if pairs <= _ASSIGN_TILE else _SCAN_TILE,
+            UNPACK_TILE=_UNPACK_TILE,
+            num_warps=4,
+        )
+        max_programs = num_multiprocessors(x.device) * tiling.programs_per_multiprocessor
+        _gate_up_kernel[(min(max_programs, max_blocks * self.w13.rows // tiling.block_n),)](
+            self.w13.words,
+            self.w13.scales,
+            self.g1_gate_up,
+            self.w2_input_scale,
+            x,
+            sorted_pairs,
+            blocks,
+            num_blocks,
+            hidden,
+            max_blocks,
+            ROWS=self.w13.rows,
+            COLUMNS=self.w13.columns,
+            TOP_K=top_k,
+            BLOCK_M=tiling.block_m,
+            BLOCK_N=tiling.block_n,
+            BLOCK_K=block_columns(self.w13.columns),
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+            enable_fp_fusion=False,
+        )
+        _down_kernel[(min(max_programs, max_blocks * self.w2.rows // tiling.block_n),)](
+            self.w2.words,
+            self.w2.scales,
+            self.g2,
+            topk_weights,
+            hidden,
+            sorted_pairs,
+            blocks,
+            num_blocks,
+            results,
+            topk_weights.stride(0),
+            topk_weights.stride(1),
+            max_blocks,
+            HIDDEN_SIZE=self.hidden_size,
+            ROWS=self.w2.rows,
+            COLUMNS=self.w2.columns,
+            TOP_K=top_k,
+            BLOCK_M=tiling.block_m,
+            BLOCK_N=tiling.block_n,
+            BLOCK_K=block_columns(self.w2.columns),
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+        )
+        _combine_kernel[(rows, triton.cdiv(self.hidden_size, _COMBINE_TILE))](
+            results,
+            topk_ids,
+            out,
+            topk_ids.stride(0),
+            topk_ids.stride(1),
+            self.first_expert,
+            HIDDEN_SIZE=self.hidden_size,
+            TOP_K=top_k,
+            SLOT_TILE=triton.next_power_of_2(top_k),
+            NUM_EXPERTS=self.num_local,
+            TILE=_COMBINE_TILE,
+            num_warps=4,
+        )
+
+
+def _pack_stack(values: Tensor, scales: Tensor) -> NvFp4Tiles:
+    """[E, N, K/2] and [E, N, K/16] to tiles of that many matrices."""
+    experts = [pack_tiles(*matrix) for matrix in zip(values, scales, strict=True)]
+    return NvFp4Tiles(
+        words=torch.stack([tiles.words for tiles in experts]), scales=torch.stack([tiles.scales for tiles in experts])
+    )
+
+
+def _interleave_gate_up(w13: Tensor) -> Tensor:
+    """Rows [E, 2I, …] as `_gate_up_kernel` takes them: [E, 2 I', …] with I' a padded I.
+
+    Eight rows of gate alternate with the same eight of up. Of every 128 rows of either, those blocks of 16 come first
+    that make up the lower half of each quarter: so a tile of 64 covers whole 32-byte runs of `hidden` in tile order.
+    """
+    experts, double_size, *rest = w13.shape
+    size = double_size // 2
+    padded = w13.new_zeros(experts, 2, padded_columns(size), *rest)
+    padded[:, :, :size] = w13.view(experts, 2, size, *rest)
+    blocks = padded.view(experts, 2, -1, 4, 2, 16, *rest).transpose(3, 4)
+    eights = blocks.reshape(experts, 2, -1, 8, *rest)
+    return eights.transpose(1, 2).reshape(experts, -1, *rest)
+
+
+def _word_aligned(x_fp4: Tensor) -> Tensor:
+    """`x_fp4`, with rows that can be read in words of 4 bytes. Copies only if it has to."""
+    aligned = x_fp4.stride(1) == 1 and x_fp4.stride(0) % 4 == 0 and x_fp4.data_ptr() % 4 == 0
+    return x_fp4 if aligned else x_fp4.clone(memory_format=torch.contiguous_format)
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_expert", "max_blocks", "assign_programs"])
+def _prepare_kernel(
+    x_fp4_ptr,
+    x_scale_ptr,
+    ids_ptr,
+    sorted_pairs_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    x_ptr,
+    x_fp4_stride,
+    x_scale_stride,
+    ids_stride,
+    ids_slot_stride,
+    num_rows,
+    first_expert,
+    max_blocks,
+    assign_programs,
+    HIDDEN_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERT_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ASSIGN_TILE: tl.constexpr,
+    SCAN_TILE: tl.constexpr,
+    UNPACK_TILE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if program < assign_programs:
+        _assign(
+            program, ids_ptr, sorted_pairs_ptr, blocks_ptr, num_blocks_ptr, ids_stride, ids_slot_stride,
+            num_rows * TOP_K, first_expert, max_blocks,
+            TOP_K, NUM_EXPERTS, EXPERT_TILE, BLOCK_M, ASSIGN_TILE, SCAN_TILE,
+        )  # fmt: skip
+    else:
+        _unpack_rows(
+            program - assign_programs, x_fp4_ptr, x_scale_ptr, x_ptr, x_fp4_stride, x_scale_stride, num_rows,
+            HIDDEN_SIZE, PADDED_SIZE, UNPACK_TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _assign(
+    tile,
+    ids_ptr,
+    sorted_pairs_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    ids_stride,
+    ids_slot_stride,
+    num_pairs,
+    first_expert,
+    max_blocks,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERT_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SCAN_TILE: tl.constexpr,
+):
+    """Places a tile of pairs among all pairs sorted by expert; program 0 also lists the blocks.
+
+    Every program counts the pairs of all experts for itself, so that none waits for another. A block is an expert,
+    the place of its first pair and its number of pairs.
+    """
+    totals = tl.zeros([EXPERT_TILE], tl.int32)
+    before = tl.zeros([EXPERT_TILE], tl.int32)  # of which in earlier tiles
+    for start in range(0, num_pairs, SCAN_TILE):
+        pair = start + tl.arange(0, SCAN_TILE)
+        expert, is_local = _local_expert(
+            pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
+        )
+        totals += tl.histogram(expert, EXPERT_TILE, mask=is_local)
+        before += tl.histogram(expert, EXPERT_TILE, mask=is_local & (pair < tile * TILE))
+    first_place = tl.cumsum(totals, axis=0) - totals
+
+    pair = tile * TILE + tl.arange(0, TILE)
+    expert, is_local = _local_expert(
+        pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
+    )
+    experts = tl.arange(0, EXPERT_TILE)
+    place = tl.sum(tl.where(expert[:, None] == experts[None, :], (first_place + before)[None, :], 0), axis=1)
+    is_earlier = (expert[:, None] == expert[None, :]) & is_local[None, :] & (pair[None, :] < pair[:, None])
+    place += tl.sum(is_earlier.to(tl.int32), axis=1)
+    tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
+
+    if tile == 0:
+        expert_blocks = (totals + BLOCK_M - 1) // BLOCK_M
+        first_block = tl.cumsum(expert_blocks, axis=0) - expert_blocks
+        tl.store(num_blocks_ptr, tl.sum(expert_blocks, axis=0))
+        for index in range(0, tl.max(expert_blocks, axis=0)):
+            block_ptr = blocks_ptr + first_block + index
+            mask = index < expert_blocks
+            tl.store(block_ptr, experts, mask=mask)
+            tl.store(block_ptr + max_blocks, first_place + index * BLOCK_M, mask=mask)
+            tl.store(block_ptr + 2 * max_blocks, tl.minimum(totals - index * BLOCK_M, BLOCK_M), mask=mask)
+
+
+@triton.jit
+def _local_expert(
+    pair,
+    ids_ptr,
+    ids_stride,
+    ids_slot_stride,
+    num_pairs,
+    first_expert,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+):
+    """The local index of each pair's expert, and whether it is on this rank."""
+    row = pair // TOP_K
+    id_ptr = ids_ptr + row * ids_stride + (pair - row * TOP_K) * ids_slot_stride
+    expert = tl.load(id_ptr, mask=pair < num_pairs, other=-1)
+    is_local = (expert >= first_expert) & (expert < first_expert + NUM_EXPERTS)
+    return tl.where(is_local, expert - first_expert, 0), is_local
+
+
+@triton.jit
+def _unpack_rows(
+    tile,
+    x_fp4_ptr,
+    x_scale_ptr,
+    x_ptr,
+    x_fp4_stride,
+    x_scale_stride,
+    num_rows,
+    HIDDEN_SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Words of eight codes to fp16 in tile order, zeros for padding."""
+    ROW_WORDS: tl.constexpr = PADDED_SIZE // 8
+    index = tile * TILE + tl.arange(0, TILE)
+    row = (index // ROW_WORDS).to(tl.int64)
+    column = index % ROW_WORDS
+    in_row = row < num_rows
+    mask = in_row & (column < HIDDEN_SIZE // 8)
+    word_ptr = (x_fp4_ptr + row * x_fp4_stride).to(tl.pointer_type(tl.int32), bitcast=True) + column
+    word = tl.load(word_ptr, mask=mask, other=0)
+    scale_byte = tl.load(x_scale_ptr + row * x_scale_stride + column // 2, mask=mask, other=0)
+    scale = e4m3_value(scale_byte.to(tl.int32)) * 2.0**14
+    # Code 4 p + j of word 4 t + b of a chunk.
+    place = column // 16 * 128 + column % 4 * 8 + column % 16 // 4 * 2
+    place_ptr = (x_ptr + row * PADDED_SIZE + place)[:, None] + tl.arange(0, 2)[None, :]
+    for j in tl.static_range(4):
+        even = e2m1_value((word >> (4 * j)) & 15) * scale
+        odd = e2m1_value((word >> (4 * j + 16)) & 15) * scale
+        tl.store(place_ptr + 32 * j, tl.join(even, odd).to(tl.float16), mask=in_row[:, None])
+
+
+@triton.jit
+def _load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks, BLOCK_M: tl.constexpr):
+    """A block's expert (int64), its pairs [BLOCK_M] and which of them exist."""
+    expert = tl.load(blocks_ptr + block).to(tl.int64)
+    first_place = tl.load(blocks_ptr + max_blocks + block)
+    num_pairs = tl.load(blocks_ptr + 2 * max_blocks + block)
+    index = tl.arange(0, BLOCK_M)
+    mask = index < num_pairs
+    return expert, tl.load(sorted_pairs_ptr + first_place + index, mask=mask, other=0), mask
+
+
+@triton.jit(do_not_specialize=["max_blocks"])
+def _gate_up_kernel(
+    words_ptr,
+    scales_ptr,
+    alpha_ptr,
+    hidden_scale_ptr,
+    x_ptr,
+    sorted_pairs_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    hidden_ptr,
+    max_blocks,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    ROW_TILES: tl.constexpr = ROWS // BLOCK_N
+    HIDDEN_BLOCKS: tl.constexpr = BLOCK_N // 32  # blocks of 16 hidden values
+    num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
+        expert, pair, mask = _load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks, BLOCK_M)
+        acc = multiply_rows(
+            words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
+            row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
+            x_ptr + (pair // TOP_K).to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+        gate *= tl.load(alpha_ptr + expert * 2)
+        up *= tl.load(alpha_ptr + expert * 2 + 1)
+        hidden = gate / (1.0 + tl.exp(-gate)) * up
+        hidden = fake_quantize(hidden.reshape(HIDDEN_BLOCKS, 16, BLOCK_M), tl.load(hidden_scale_ptr + expert))
+
+        # In a block of 16, value 8 b0 + 4 p + j; blocks t = 0 to 3 of a chunk with b1 = 0, then those with b1 = 1.
+        hidden = hidden.reshape(HIDDEN_BLOCKS, 2, 2, 4, BLOCK_M).permute(4, 3, 1, 0, 2)  # pair, j, b0, t, p
+        hidden = hidden.reshape(BLOCK_M, 4, 2, HIDDEN_BLOCKS * 2)
+        first_block = row_tile * HIDDEN_BLOCKS
+        place = first_block // 8 * 128 + first_block // 4 % 2 * 16 + first_block % 4 * 2
+        hidden_ptrs = (hidden_ptr + pair.to(tl.int64) * (ROWS // 2) + place)[:, None, None, None]
+        hidden_ptrs += tl.arange(0, 4)[None, :, None, None] * 32 + tl.arange(0, 2)[None, None, :, None] * 8
+        hidden_ptrs += tl.arange(0, HIDDEN_BLOCKS * 2)[None, None, None, :]
+        tl.store(hidden_ptrs, hidden, mask=mask[:, None, None, None])
+
+
+@triton.jit(do_not_specialize=["max_blocks"])
+def _down_kernel(
+    words_ptr,
+    scales_ptr,
+    alpha_ptr,
+    weights_ptr,
+    hidden_ptr,
+    sorted_pairs_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    results_ptr,
+    weights_stride,
+    weights_slot_stride,
+    max_blocks,
+    HIDDEN_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    ROW_TILES: tl.constexpr = ROWS // BLOCK_N
+    num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
+        expert, pair, mask = _load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks, BLOCK_M)
+        acc = multiply_rows(
+            words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
+            row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
+            hidden_ptr + pair.to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        row = pair // TOP_K
+        weight_ptr = weights_ptr + row * weights_stride + (pair - row * TOP_K) * weights_slot_stride
+        factor = tl.load(alpha_ptr + expert) * tl.load(weight_ptr, mask=mask, other=0.0)
+        column = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        result_ptrs = results_ptr + pair.to(tl.int64)[:, None] * HIDDEN_SIZE + column[None, :]
+        result = (acc * factor[None, :]).T.to(results_ptr.dtype.element_ty)
+        tl.store(result_ptrs, result, mask=mask[:, None] & (column < HIDDEN_SIZE)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def _combine_kernel(
+    results_ptr,
+    ids_ptr,
+    out_ptr,
+    ids_stride,
+    ids_slot_stride,
+    first_expert,
+    HIDDEN_SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOT_TILE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Adds the results of a row's experts in ascending order of expert."""
+    row = tl.program_id(0)
+    slot = tl.arange(0, SLOT_TILE)
+    expert = tl.load(ids_ptr + row * ids_stride + slot * ids_slot_stride, mask=slot < TOP_K, other=-1) - first_expert
+    is_local = (expert >= 0) & (expert < NUM_EXPERTS)
+    key = tl.where(is_local, expert, NUM_EXPERTS) * SLOT_TILE + slot
+    rank = tl.sum((key[None, :] < key[:, None]).to(tl.int32), axis=1)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    acc = tl.zeros([TILE], tl.float32)
+    for step in tl.static_range(TOP_K):
+        local_slot = tl.sum(tl.where((rank == step) & is_local, slot + 1, 0), axis=0) - 1  # or -1
+        result_ptr = results_ptr + (row * TOP_K + local_slot).to(tl.int64) * HIDDEN_SIZE + column
+        acc += tl.load(result_ptr, mask=(column < HIDDEN_SIZE) & (local_slot >= 0), other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + row.to(tl.int64) * HIDDEN_SIZE + column
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=column < HIDDEN_SIZE)

@@ -1,0 +1,120 @@
+"""The loop of one rank beside a peer: what it enters with it, and where it waits when there is nothing to do."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from nibble.distributed.communicator import Communicator, SingleRankCommunicator
+from nibble.ipc.messages import AbortRequest, NewRequest, TokenBatch, ToRank, Wake
+from nibble.model_executor.forward_batch import ForwardBatch
+from nibble.model_executor.sampler import SampledToken, SamplingRow
+from nibble.sampling_params import SamplingParams
+from nibble.scheduler.dp_sync import DpSync
+from nibble.scheduler.event_loop import EventLoop
+from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
+
+IDLE = [0, 0]  # a peer without rows that has heard of no request
+VOCAB = 8
+
+
+class Asleep(Exception):
+    """The loop waits for a message, and no more will come."""
+
+
+class FirstOfTwo(SingleRankCommunicator):
+    """Rank 0 of two. The peer says what the test scripts, and after that what rank 0 says, without rows of its own."""
+
+    def __init__(self, events: list[str], peer: list[list[int]]) -> None:
+        Communicator.__init__(self, rank=0, world_size=2, name="dp")
+        self.events, self.peer = events, peer
+        self.sent: list[Tensor] = []
+
+    def _all_gatherv(self, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> list[Tensor]:
+        self.events.append("collective")
+        self.sent += tensors
+        peer = self.peer.pop(0) if self.peer else [0, int(tensors[0][0, 1])]
+        return [torch.cat([tensors[0], torch.tensor([peer])])]
+
+
+class Rank:
+    """An event loop on stand-ins that note what it does. Every token is 7."""
+
+    def __init__(self, inbox: list[list[ToRank]], peer: list[list[int]] | None = None) -> None:
+        self.events: list[str] = []
+        self.inbox = inbox
+        self.group = FirstOfTwo(self.events, peer or [])
+        self.sizes: list[tuple[int, ...]] = []
+        self.sampled: list[int] = []
+        self.updates: list[TokenBatch] = []
+        limits = SchedulerLimits(4, 8, 4, 64, frozenset({0}))
+        scheduler, sync = Scheduler(limits, num_pages=32), DpSync(self.group)
+        self.loop = EventLoop(0, scheduler, self, self, sync, self, self.updates.append)  # type: ignore[arg-type]
+
+    def run(self) -> list[str]:
+        """What happens before the loop sleeps for good."""
+        with pytest.raises(Asleep):
+            self.loop.run_forever()
+        return self.events
+
+    def receive(self, wait: bool) -> list[ToRank]:
+        if self.inbox:
+            return self.inbox.pop(0)
+        if wait:
+            raise Asleep
+        return []
+
+    def forward(self, batch: ForwardBatch | None, global_num_tokens: Sequence[int]) -> Tensor:
+        self.events.append("forward" if batch else "idle forward")
+        self.sizes.append(tuple(global_num_tokens))
+        return torch.zeros(len(batch.logit_rows) if batch else 0, VOCAB)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        self.sampled.append(len(logits))
+        return [SampledToken(7, None) for _ in rows]
+
+
+def new_request(sequence: int, prompt: int = 3, max_new_tokens: int = 3) -> NewRequest:
+    sampling = SamplingParams(max_new_tokens=max_new_tokens)
+    return NewRequest(sequence, f"r{sequence}", list(range(1, prompt + 1)), sampling, 0, False, 0, 1)
+
+
+def test_an_idle_rank_enters_the_steps_of_its_peers():
+    rank = Rank([[Wake(1)]], peer=[[5, 1], [1, 1], [1, 1], [0, 1]])
+    assert rank.run() == ["collective", "idle forward"] * 3 + ["collective"]
+    assert rank.sizes == [(0, 5), (0, 1), (0, 1)]
+    assert rank.sampled == [] and rank.updates == []
+
+
+def test_an_hour_of_silence_is_spent_waiting_for_messages_not_for_a_peer_in_a_collective():
+    """A collective has a deadline, and a message has none."""
+    assert Rank([]).run() == []
+    after_work = Rank([[new_request(1, max_new_tokens=1)]])
+    assert after_work.run() == ["collective", "forward", "collective"]
+
+
+def test_a_message_that_brings_no_work_does_not_lead_a_sleeping_rank_into_a_collective_alone():
+    """The abort of a request that has just ended reaches one rank only: the peers sleep on and would not come."""
+    assert Rank([[AbortRequest("ended")], [AbortRequest("unknown")]]).run() == []
+    after_work = Rank([[new_request(1, max_new_tokens=1)], [], [AbortRequest("r1")]])
+    assert after_work.run() == ["collective", "forward", "collective"]
+
+
+def test_no_rank_sleeps_before_its_peer_has_heard_of_the_newest_request():
+    rank = Rank([[Wake(1)]], peer=[IDLE, IDLE, [4, 1], [0, 1]])
+    assert rank.run() == ["collective"] * 3 + ["idle forward", "collective"]
+
+
+def test_ranks_synchronize_once_a_step_by_one_small_message():
+    rank = Rank([[new_request(1, prompt=20)]])  # chunks of 8, 8 and 4 tokens, then two more tokens
+    assert rank.run() == ["collective", "forward"] * 5 + ["collective"]
+    assert [message.nbytes for message in rank.group.sent] == [16] * 6
+
+
+def test_a_step_that_reaches_no_prompts_end_has_no_logits_to_sample_from():
+    rank = Rank([[new_request(1, prompt=20, max_new_tokens=1)]])
+    rank.run()
+    assert rank.sizes == [(8, 0), (8, 0), (4, 0)]
+    assert rank.sampled == [1]
+    assert len(rank.updates) == 1
