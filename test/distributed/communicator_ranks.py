@@ -227,8 +227,8 @@ def dawdling(chance: random.Random) -> Iterator[None]:
         return start_late
 
     with ExitStack() as patches:
-        for name in ("_pack", "_unpack", "sum_in_rank_order"):
-            patches.enter_context(mock.patch.object(shared_memory, name, slow(getattr(shared_memory, name))))
+        for module, name in ((shared_memory.ctypes, "memmove"), (shared_memory, "sum_in_rank_order")):
+            patches.enter_context(mock.patch.object(module, name, slow(getattr(module, name))))
         yield
 
 

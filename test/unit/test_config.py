@@ -5,11 +5,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from nibble.config.model_config import load_model_config
 from nibble.config.quantization_config import QuantizationConfig, load_quantization_config
 from nibble.config.resolve import EngineConfig, resolve
 from nibble.config.server_args import ServerArgs, parse_server_args
+from nibble.kernels.cpu import library
+from nibble.kernels.select import select_kernels
+from nibble.utils.c_library import CompileError
 from nibble.utils.errors import ConfigError
 
 MOE = {
@@ -118,6 +122,19 @@ def test_a_dense_model_has_no_experts_to_split(checkpoint):
 def test_a_kernel_that_cannot_run_here_is_an_error_with_the_reason(checkpoint, kernel):
     message = refused(checkpoint(), moe_kernel=kernel, device="cpu")
     assert f"--moe-kernel {kernel} needs a GPU" in message and "--moe-kernel torch" in message
+
+
+def test_no_rank_chooses_its_kernels_for_itself(monkeypatch):
+    """Ranks with different kernels would disagree: one that cannot run what was chosen for all of them fails."""
+
+    def cannot_compile(folder: Path) -> Path:
+        raise CompileError("no C compiler on this rank")
+
+    monkeypatch.setattr(library, "build_c_library", cannot_compile)
+    library.c_kernels.cache_clear()
+    for chosen in (select_kernels("c", "c"), select_kernels("c", "torch")):
+        with pytest.raises(CompileError, match="on this rank"):
+            chosen.rms_norm(torch.ones(1, 16), torch.ones(16), 1e-6)
 
 
 # The FP4 all-gather

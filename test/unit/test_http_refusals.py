@@ -264,12 +264,22 @@ def test_prompt_tokens_outside_the_vocabulary_are_refused(token):
         assert f"holds token {token}, outside the vocabulary" in API.error(path, body)["message"]
 
 
-def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers():
-    message = refuse(COMPLETIONS, {"prompt": [1] * 200})["message"]
-    assert "the prompt has 200 tokens" in message
-    assert "200 tokens" in message
-    message = refuse(COMPLETIONS, {"prompt": [1] * 150, "max_tokens": 51})["message"]
-    assert all(number in message for number in ("51", "150", "200", "at most 50"))
+OVER_LONG: list[tuple[str, dict[str, Any], list[str]]] = [
+    (COMPLETIONS, {"prompt": [1] * 200}, ["the prompt has 200 tokens", "of 200 tokens"]),
+    (COMPLETIONS, {"prompt": [1] * 150, "max_tokens": 51}, ["51", "150", "200", "at most 50"]),
+    (CHAT, {"messages": [{"role": "user", "content": "word " * 300}]}, ["the prompt has", "of 200 tokens"]),
+    (CHAT, {"messages": HELLO, "max_tokens": 199}, ["199", "200", "at most"]),
+    (GENERATE, {"text": None, "input_ids": [1] * 5000}, ["the prompt has 5000 tokens", "of 200 tokens"]),
+    (GENERATE, {"text": ["Hi", "x" * 5000]}, ["the prompt has", "of 200 tokens"]),
+    (GENERATE, {"sampling_params": {"max_new_tokens": 10**9}}, [str(10**9), "200", "at most"]),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "numbers"), OVER_LONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_over_long_request_is_answered_with_400_and_the_numbers(path, fields, numbers, stream):
+    message = refuse(path, {**fields, "stream": stream})["message"]
+    assert all(number in message for number in numbers), message
 
 
 MANY = 5000

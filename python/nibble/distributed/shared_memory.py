@@ -30,10 +30,12 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,8 +60,6 @@ YIELDS = 1000
 
 SLEEP_MS = 20
 """How long it sleeps before it makes sure that the peer is alive."""
-
-Regions = Sequence[tuple[int, int]]  # (address, bytes): where the parts of one rank's payload lie in memory
 
 
 class SharedMemoryCommunicator(Communicator):
@@ -115,47 +115,45 @@ class SharedMemoryCommunicator(Communicator):
         self._segments = []  # unmapped with their last view, which the traceback of an error may still hold
 
     def _all_gatherv(self, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> list[Tensor]:
-        total = sum(sizes)
-        outputs = [tensor.new_empty((total, *tensor.shape[1:])) for tensor in tensors]
-        places = [(output.data_ptr(), output.nbytes // total) for output in outputs]  # address, bytes per row
-        regions = [
-            [(address + start * width, size * width) for address, width in places]
-            for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
-        ]
-        source = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
-        widths = tuple([width for _, width in places])
-        for begin in range(0, max(sizes) * sum(widths), self._half_bytes):
+        outputs = [tensor.new_empty((sum(sizes), *tensor.shape[1:])) for tensor in tensors]
+        plan = _plan_gather(sizes, tuple([output.nbytes // len(output) for output in outputs]), self._half_bytes)
+        sources = [tensor.data_ptr() for tensor in tensors]
+        targets = [output.data_ptr() for output in outputs]
+        for copies in plan.rounds:
             own, half = self._next_half()
-            _pack(own, source, begin, self._half_bytes)
-            self._announce(hash((sizes, widths)))
-            if begin == 0:
-                for (address, count), (target, _) in zip(source, regions[self.rank], strict=True):
-                    ctypes.memmove(target, address, count)
+            for copy in copies[self.rank]:
+                ctypes.memmove(own + copy.at, sources[copy.tensor] + copy.in_rows, copy.num_bytes)
+            self._announce(plan.signature)
+            for copy in copies[self.rank]:
+                ctypes.memmove(targets[copy.tensor] + copy.in_output, sources[copy.tensor] + copy.in_rows, copy.num_bytes)
             self._wait()
             for peer in self._links:
-                _unpack(self._addresses[peer] + half, regions[peer], begin, self._half_bytes)
+                segment = self._addresses[peer] + half
+                for copy in copies[peer]:
+                    ctypes.memmove(targets[copy.tensor] + copy.in_output, segment + copy.at, copy.num_bytes)
         return outputs
 
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         # Half a segment holds one slot per rank: what the segment's owner adds to the rows of that rank.
         slot_bytes, itemsize = self._slot_bytes, x.itemsize
-        width = x.nbytes // x.shape[0]
+        width, source = x.nbytes // len(x), x.data_ptr()
         starts = [start * width for start in accumulate(sizes, initial=0)]
         own_rows = x.view(-1)[starts[self.rank] // itemsize :]
         output = x.new_empty((sizes[self.rank], *x.shape[1:]))
+        flat_output = output.view(-1)
         signature = hash((sizes, width, SUMMABLE_DTYPES.index(x.dtype)))
         for begin in range(0, max(sizes) * width, slot_bytes):
             own, half = self._next_half()
             for peer in self._links:
                 count = min(slot_bytes, sizes[peer] * width - begin)
                 if count > 0:
-                    ctypes.memmove(own + peer * slot_bytes, x.data_ptr() + starts[peer] + begin, count)
+                    ctypes.memmove(own + peer * slot_bytes, source + starts[peer] + begin, count)
             self._announce(signature)
             self._wait()
             first, last = begin // itemsize, min(begin + slot_bytes, output.nbytes) // itemsize
             if first < last:
                 terms = self._slots(half + self.rank * slot_bytes, own_rows[first:last])
-                sum_in_rank_order(terms, output.view(-1)[first:last])
+                sum_in_rank_order(terms, flat_output[first:last])
         return output
 
     def _slots(self, offset: int, mine: Tensor) -> list[Tensor]:
@@ -168,15 +166,15 @@ class SharedMemoryCommunicator(Communicator):
         ]
 
     def _broadcast(self, x: Tensor, src: int) -> None:
-        region = [(x.data_ptr(), x.nbytes)]
         for begin in range(0, x.nbytes, self._half_bytes):
             own, half = self._next_half()
+            count = min(self._half_bytes, x.nbytes - begin)
             if self.rank == src:
-                _pack(own, region, begin, self._half_bytes)
+                ctypes.memmove(own, x.data_ptr() + begin, count)
             self._announce(hash((src, x.nbytes)))
             self._wait()
             if self.rank != src:
-                _unpack(self._addresses[src] + half, region, begin, self._half_bytes)
+                ctypes.memmove(x.data_ptr() + begin, self._addresses[src] + half, count)
 
     def _barrier(self) -> None:
         self._next_half()
@@ -239,26 +237,37 @@ def _last_words(link: socket.socket) -> str:
     return ""
 
 
-def _pack(target: int, source: Regions, begin: int, limit: int) -> None:
-    """Copies bytes `[begin, begin + limit)` of the joined source regions to `target`."""
-    for address, at, count in _pieces(source, begin, limit):
-        ctypes.memmove(target + at, address, count)
+class _Copy(NamedTuple):
+    """A part of one rank's rows of one tensor, in bytes."""
+
+    tensor: int
+    in_rows: int  # where it lies in the rank's own tensor,
+    in_output: int  # in the gathered one,
+    at: int  # and in the half of the segment
+    num_bytes: int
 
 
-def _unpack(source: int, target: Regions, begin: int, limit: int) -> None:
-    """Copies from `source` to bytes `[begin, begin + limit)` of the joined target regions."""
-    for address, at, count in _pieces(target, begin, limit):
-        ctypes.memmove(address, source + at, count)
+@dataclass(frozen=True)
+class _GatherPlan:
+    rounds: list[list[list[_Copy]]]  # for each round and rank
+    signature: int
 
 
-def _pieces(regions: Regions, begin: int, limit: int) -> Iterable[tuple[int, int, int]]:
-    """The parts of joined regions that lie in `[begin, begin + limit)`: (address, distance from begin, bytes)."""
-    position = -begin
-    for address, count in regions:
-        skip, end = max(0, -position), min(count, limit - position)
-        if skip < end:
-            yield address + skip, position + skip, end - skip
-        position += count
+@functools.lru_cache(maxsize=1024)
+def _plan_gather(sizes: tuple[int, ...], widths: tuple[int, ...], half_bytes: int) -> _GatherPlan:
+    """`widths` are the bytes of a row of each tensor. A rank's payload is its rows of the tensors in turn."""
+    num_rounds = -(-max(sizes) * sum(widths) // half_bytes)
+    rounds: list[list[list[_Copy]]] = [[[] for _ in sizes] for _ in range(num_rounds)]
+    for rank, (start, size) in enumerate(zip(accumulate(sizes, initial=0), sizes, strict=False)):
+        position = 0  # in the rank's payload
+        for tensor, width in enumerate(widths):
+            done, total = 0, size * width
+            while done < total:
+                round_number, at = divmod(position, half_bytes)
+                count = min(total - done, half_bytes - at)
+                rounds[round_number][rank].append(_Copy(tensor, done, start * width + done, at, count))
+                done, position = done + count, position + count
+    return _GatherPlan(rounds, hash((sizes, widths)))
 
 
 def _ranks(ranks: Iterable[int]) -> str:
@@ -280,10 +289,10 @@ def _out_of_step(peer: int, theirs: bytes, ours: bytes) -> str:
 @functools.cache
 def _rendezvous() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build_c_library(RENDEZVOUS)))
-    library.announce.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_char_p]
-    library.fail.argtypes = [ctypes.c_void_p]
+    library.announce.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_char_p)
+    library.fail.argtypes = (ctypes.c_void_p,)
     library.announce.restype = library.fail.restype = None
-    library.await_peer.argtypes = [ctypes.c_void_p, ctypes.c_uint32] + [ctypes.c_int] * 3
+    library.await_peer.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_int, ctypes.c_int)
     return library
 
 
