@@ -25,10 +25,10 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 48, 6, 3
 
 
 def c_fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
-    codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), x.shape[1] // 16)
-    c_kernels().quantize_rows(address(x), *x.shape, scale, address(codes), address(scales))
-    values = (codes.float() - 12) / 2
-    return torch.where(x.signbit(), -values.abs(), values) * scales.repeat_interleave(16, 1)
+    codes, factors = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), x.shape[1] // 16, 2)
+    c_kernels().quantize_rows(address(x), *x.shape, scale, address(codes), address(factors))
+    values = codes.float().abs() / 2
+    return torch.where(x.signbit(), -values, values) * factors[..., 0].repeat_interleave(16, 1)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -125,7 +125,8 @@ class SharedMemoryCommunicator(Communicator):
                 ctypes.memmove(own + copy.at, sources[copy.tensor] + copy.in_rows, copy.num_bytes)
             self._announce(plan.signature)
             for copy in copies[self.rank]:
-                ctypes.memmove(targets[copy.tensor] + copy.in_output, sources[copy.tensor] + copy.in_rows, copy.num_bytes)
+                source = sources[copy.tensor] + copy.in_rows
+                ctypes.memmove(targets[copy.tensor] + copy.in_output, source, copy.num_bytes)
             self._wait()
             for peer in self._links:
                 segment = self._addresses[peer] + half

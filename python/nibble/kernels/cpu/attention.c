@@ -16,8 +16,8 @@ static float inverse_rms(const float *x, int64_t columns, float eps) {
 }
 
 /* x [T, K] in rows that lie `stride` apart, weight [K], out [T, K]. */
-void rms_norm(const float *x, int64_t rows, int64_t stride, int64_t columns, const float *weight, float eps,
-              float *out) {
+void rms_norm(const float *x, int64_t rows, int64_t stride, int64_t columns, const float *restrict weight, float eps,
+              float *restrict out) {
     for (int64_t row = 0; row < rows; row++, x += stride, out += columns) {
         float factor = inverse_rms(x, columns, eps);
         for (int64_t k = 0; k < columns; k++) out[k] = x[k] * factor * weight[k];
@@ -26,10 +26,11 @@ void rms_norm(const float *x, int64_t rows, int64_t stride, int64_t columns, con
 
 /* x [T, N, D], rows `stride` apart: each head is normalized, then rotated by the angles of its position. cos and
  * signed_sin [positions, D] as in kernels/torch/norm.py; out [T, N, D]. */
-static void norm_rope(const float *x, int64_t rows, int64_t stride, int64_t heads, int64_t size, const float *weight,
-                      float eps, const int64_t *positions, const float *cos, const float *signed_sin, float *out) {
+static void norm_rope(const float *x, int64_t rows, int64_t stride, int64_t heads, int64_t size,
+                      const float *restrict weight, float eps, const int64_t *positions, const float *cos,
+                      const float *signed_sin, float *restrict out) {
     for (int64_t row = 0; row < rows; row++) {
-        const float *c = cos + positions[row] * size, *s = signed_sin + positions[row] * size;
+        const float *restrict c = cos + positions[row] * size, *restrict s = signed_sin + positions[row] * size;
         for (int64_t head = 0; head < heads; head++, out += size) {
             const float *in = x + row * stride + head * size;
             float factor = inverse_rms(in, size, eps);

@@ -17,59 +17,59 @@
 #define TILE_BLOCK_BYTES 128
 
 float e4m3_values[256];
-static uint16_t doubled_codes[256]; /* two e2m1 codes of a byte, as the products read them */
+static uint16_t doubled_codes[256]; /* the two e2m1 values of a byte, doubled */
 
 /* To be called once, before any other function. */
 void initialize(void) {
-    static const uint8_t doubled[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+    static const int8_t doubled[8] = {0, 1, 2, 3, 4, 6, 8, 12};
     for (int code = 0; code < 256; code++) {
         int exponent = (code >> 3) & 15, mantissa = code & 7;
         float value = exponent ? ldexpf(1 + mantissa / 8.f, exponent - 7) : ldexpf(mantissa / 8.f, -6);
         if ((code & 127) == 127) value = NAN;
         e4m3_values[code] = code & 128 ? -value : value;
 
-        uint8_t pair[2];
+        int8_t pair[2];
         for (int i = 0; i < 2; i++) {
             int nibble = code >> (4 * i) & 15;
-            pair[i] = nibble & 8 ? ZERO_CODE - doubled[nibble & 7] : ZERO_CODE + doubled[nibble];
+            pair[i] = nibble & 8 ? -doubled[nibble & 7] : doubled[nibble];
         }
         memcpy(&doubled_codes[code], pair, sizeof pair);
     }
 }
 
-/* Rows of activations as the products read them: codes of one byte, and fp32 scales. The pointers may be put in any
- * order, and `codes` and `scales` are where the first row lies. */
+/* Rows of activations as the products read them; the pointers may be put in any order. */
 typedef struct {
-    const uint8_t **codes;
-    const float **scales;
+    const int8_t **codes;
+    const Factor **factors; /* one a block */
 } Rows;
 
 /* Room for `rows` rows; whoever gets it frees `codes`, which holds it all. */
 static Rows allocate_rows(int64_t rows, int64_t columns) {
     const int64_t blocks = columns / BLOCK;
-    void **memory = malloc(rows * (2 * sizeof(void *) + blocks * sizeof(float) + columns));
-    Rows result = {(const uint8_t **)memory, (const float **)(memory + rows)};
-    float *scales = (float *)(memory + 2 * rows);
-    uint8_t *codes = (uint8_t *)(scales + rows * blocks);
+    void **memory = malloc(rows * (2 * sizeof(void *) + blocks * sizeof(Factor) + columns));
+    Rows result = {(const int8_t **)memory, (const Factor **)(memory + rows)};
+    Factor *factors = (Factor *)(memory + 2 * rows);
+    int8_t *codes = (int8_t *)(factors + rows * blocks);
     for (int64_t row = 0; row < rows; row++) {
         result.codes[row] = codes + row * columns;
-        result.scales[row] = scales + row * blocks;
+        result.factors[row] = factors + row * blocks;
     }
     return result;
 }
 
-/* x [T, K] as codes uint8 [T, K] and scales fp32 [T, K/16]. */
-void quantize_rows(const float *x, int64_t rows, int64_t columns, float input_scale, uint8_t *codes, float *scales) {
+/* x [T, K] as codes int8 [T, K] and factors [T, K/16]. */
+void quantize_rows(const float *x, int64_t rows, int64_t columns, float input_scale, int8_t *codes, Factor *factors) {
     for (int64_t i = 0; i < rows * columns / BLOCK; i++)
-        quantize_to_codes(load(x + i * BLOCK), input_scale, codes + i * BLOCK, scales + i);
+        quantize_to_codes(load(x + i * BLOCK), input_scale, codes + i * BLOCK, factors + i);
 }
 
 /* The same from e2m1 pairs and e4m3 scales in rows that lie `x_stride` and `scale_stride` bytes apart. */
 static void decode_rows(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales, int64_t scale_stride, int64_t rows,
-                 int64_t columns, uint8_t *codes, float *scales) {
-    for (int64_t row = 0; row < rows; row++, codes += columns, scales += columns / BLOCK) {
+                 int64_t columns, int8_t *codes, Factor *factors) {
+    for (int64_t row = 0; row < rows; row++, codes += columns, factors += columns / BLOCK) {
         for (int64_t i = 0; i < columns / 2; i++) memcpy(codes + 2 * i, &doubled_codes[x[row * x_stride + i]], 2);
-        for (int64_t i = 0; i < columns / BLOCK; i++) scales[i] = e4m3_values[x_scales[row * scale_stride + i]];
+        for (int64_t i = 0; i < columns / BLOCK; i++)
+            factors[i] = factor_of(x_scales[row * scale_stride + i], codes + i * BLOCK);
     }
 }
 
@@ -113,26 +113,23 @@ static Matrix part(Matrix matrix, int64_t first_tile) {
 
 /* sums[r] = row r times each of the tile's 16 outputs; `rows` is a constant. */
 INLINE void multiply_tile(Matrix tile, Rows x, const int rows, floats *sums) {
-    static const uint8_t middle[4] = {ZERO_CODE, ZERO_CODE, ZERO_CODE, ZERO_CODE};
-    const bytes table = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12,
-                         0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+#define CODES 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 /* twice e2m1, plus WEIGHT_ZERO */
+    const bytes table = {CODES, CODES, CODES, CODES};
+#undef CODES
     floats totals[MAX_ROWS] = {{0}};
     for (int64_t block = 0; block < tile.blocks; block++) {
         const unaligned_bytes *packed = (const unaligned_bytes *)(tile.codes + block * TILE_BLOCK_BYTES);
-        bytes w[4] = {
+        const bytes w[4] = {
             look_up(table, packed[0] & 15), look_up(table, packed[0] >> 4),
             look_up(table, packed[1] & 15), look_up(table, packed[1] >> 4),
         };
-        ints offset = {0}; /* what ZERO_CODE in every column adds */
-        for (int i = 0; i < 4; i++) offset = dot4(offset, middle, w[i]);
-        floats scales = load_bf16(tile.scales + block * LANES);
+        const floats scales = load_bf16(tile.scales + block * LANES);
         for (int row = 0; row < rows; row++) {
-            const uint8_t *codes = x.codes[row] + block * BLOCK;
-            ints dot = -offset;
+            const int8_t *codes = x.codes[row] + block * BLOCK;
+            const Factor factor = x.factors[row][block];
+            ints dot = (ints){0} + factor.start;
             for (int i = 0; i < 4; i++) dot = dot4(dot, codes + 4 * i, w[i]);
-            totals[row] += __builtin_convertvector(dot, floats) * (scales * x.scales[row][block]);
+            totals[row] += __builtin_convertvector(dot, floats) * (scales * factor.scale);
         }
     }
     for (int row = 0; row < rows; row++) sums[row] = totals[row];
@@ -157,13 +154,13 @@ void linear_nvfp4(const float *x, int64_t rows, int64_t columns, float input_sca
     if (rows == 0) return;
     const Matrix matrix = {weights, scales, columns / BLOCK};
     Rows quantized = allocate_rows(rows, columns);
-    quantize_rows(x, rows, columns, input_scale, (uint8_t *)quantized.codes[0], (float *)quantized.scales[0]);
+    quantize_rows(x, rows, columns, input_scale, (int8_t *)quantized.codes[0], (Factor *)quantized.factors[0]);
     for (int64_t first = 0; first < outputs; first += LANES) {
         int64_t width = outputs - first < LANES ? outputs - first : LANES;
         floats factor = load_some(alpha + first, width), sums[MAX_ROWS];
         Matrix tile = part(matrix, first / LANES);
         for (int64_t row = 0, count; row < rows; row += count) {
-            count = multiply_some(tile, (Rows){quantized.codes + row, quantized.scales + row}, rows - row, sums);
+            count = multiply_some(tile, (Rows){quantized.codes + row, quantized.factors + row}, rows - row, sums);
             for (int64_t i = 0; i < count; i++) {
                 float *place = out + (row + i) * outputs + first;
                 if (width == LANES)
@@ -183,20 +180,20 @@ typedef struct {
 } Experts;
 
 /* h = quantize(silu(gate) * up) for the rows of one expert. */
-static void gate_and_up(const Experts *experts, int64_t expert, Rows x, int64_t rows, uint8_t *h, float *h_scales) {
+static void gate_and_up(const Experts *experts, int64_t expert, Rows x, int64_t rows, int8_t *h, Factor *h_factors) {
     const int64_t tiles = experts->w2.blocks;
     const float *alpha = experts->g1_gate_up + 2 * expert;
     for (int64_t tile = 0; tile < tiles; tile++) {
         Matrix gate_tile = part(experts->w13, 2 * expert * tiles + tile), up_tile = part(gate_tile, tiles);
         for (int64_t row = 0, count; row < rows; row += count) {
             floats gate[MAX_ROWS], up[MAX_ROWS];
-            Rows some = {x.codes + row, x.scales + row};
+            Rows some = {x.codes + row, x.factors + row};
             multiply_some(gate_tile, some, rows - row, gate);
             count = multiply_some(up_tile, some, rows - row, up);
             for (int64_t i = 0; i < count; i++) {
                 floats g = gate[i] * alpha[0], product = g / (1 + exp_of(-g)) * (up[i] * alpha[1]);
                 int64_t block = (row + i) * tiles + tile;
-                quantize_to_codes(product, experts->w2_input_scale[expert], h + block * BLOCK, h_scales + block);
+                quantize_to_codes(product, experts->w2_input_scale[expert], h + block * BLOCK, h_factors + block);
             }
         }
     }
@@ -209,7 +206,7 @@ static void down(const Experts *experts, int64_t expert, Rows h, const float *we
         Matrix w2_tile = part(experts->w2, expert * tiles + tile);
         for (int64_t row = 0, count; row < rows; row += count) {
             floats sums[MAX_ROWS];
-            count = multiply_some(w2_tile, (Rows){h.codes + row, h.scales + row}, rows - row, sums);
+            count = multiply_some(w2_tile, (Rows){h.codes + row, h.factors + row}, rows - row, sums);
             for (int64_t i = 0; i < count; i++) {
                 float *place = out[row + i] + tile * LANES;
                 store(place, load(place) + sums[i] * (experts->g2[expert] * weights[row + i]));
@@ -231,8 +228,8 @@ void fused_moe_nvfp4(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales
     if (rows == 0) return;
     Rows all_rows = allocate_rows(rows, hidden), chosen = allocate_rows(rows, 0), h = allocate_rows(rows, width);
     float **places = malloc(rows * sizeof *places), *weights = malloc(rows * sizeof *weights);
-    decode_rows(x, x_stride, x_scales, scale_stride, rows, hidden, (uint8_t *)all_rows.codes[0],
-                (float *)all_rows.scales[0]);
+    decode_rows(x, x_stride, x_scales, scale_stride, rows, hidden, (int8_t *)all_rows.codes[0],
+                (Factor *)all_rows.factors[0]);
     memset(out, 0, rows * hidden * sizeof *out);
     for (int64_t expert = 0; expert < num_experts; expert++) {
         int64_t count = 0;
@@ -240,11 +237,11 @@ void fused_moe_nvfp4(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales
             for (int64_t k = 0; k < top_k; k++)
                 if (topk_ids[row * ids_stride + k] == first_expert + expert) {
                     chosen.codes[count] = all_rows.codes[row];
-                    chosen.scales[count] = all_rows.scales[row];
+                    chosen.factors[count] = all_rows.factors[row];
                     places[count] = out + row * hidden;
                     weights[count++] = topk_weights[row * weights_stride + k];
                 }
-        gate_and_up(&experts, expert, chosen, count, (uint8_t *)h.codes[0], (float *)h.scales[0]);
+        gate_and_up(&experts, expert, chosen, count, (int8_t *)h.codes[0], (Factor *)h.factors[0]);
         down(&experts, expert, h, weights, count, places);
     }
     free(all_rows.codes), free(chosen.codes), free(h.codes), free(places), free(weights);

@@ -5,7 +5,7 @@
 #include "vector.h"
 
 #define BLOCK LANES
-#define ZERO_CODE 12 /* activations lie in memory as twice their e2m1 value plus this, which is not negative */
+#define WEIGHT_ZERO 12 /* added to twice a weight in the products, so that it is not negative */
 
 extern float e4m3_values[256];
 
@@ -39,14 +39,25 @@ INLINE Block quantize_block(floats x, float input_scale) {
     return (Block){scale, round_to_integer(y * per_step), step};
 }
 
-/* As the products read it: codes with ZERO_CODE, and the scale as a number. */
-INLINE void quantize_to_codes(floats x, float input_scale, uint8_t *codes, float *scale) {
+/* What the products need of a block besides its codes, which are twice its e2m1 values. */
+typedef struct {
+    float scale;
+    int32_t start; /* of the sum of products: what the codes times WEIGHT_ZERO would add, negative */
+} Factor;
+
+INLINE Factor factor_of(uint8_t scale, const int8_t *codes) {
+    int32_t sum = 0;
+    for (int i = 0; i < BLOCK; i++) sum += codes[i];
+    return (Factor){e4m3_values[scale], -WEIGHT_ZERO * sum};
+}
+
+INLINE void quantize_to_codes(floats x, float input_scale, int8_t *codes, Factor *factor) {
     Block block = quantize_block(x, input_scale);
     floats doubled = block.rounded * block.step;
-    doubled = choose(x < 0, -doubled, doubled) + ZERO_CODE;
+    doubled = choose(x < 0, -doubled, doubled);
     lane_bytes narrow = __builtin_convertvector(__builtin_convertvector(doubled, ints), lane_bytes);
     memcpy(codes, &narrow, sizeof narrow);
-    *scale = e4m3_values[block.scale];
+    *factor = factor_of(block.scale, codes);
 }
 
 #endif

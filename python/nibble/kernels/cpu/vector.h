@@ -143,25 +143,25 @@ INLINE floats exp_of(floats x) {
     return choose(x < low, (floats){0}, p * (floats)power);
 }
 
-/* Lane l gains the sum of four products: byte i of `x` and the signed byte 4 l + i of `w`. */
-INLINE ints dot4(ints total, const uint8_t *x, bytes w) {
+/* Lane l gains the sum of four products: signed byte i of `x` and byte 4 l + i of `w`. */
+INLINE ints dot4(ints total, const int8_t *x, bytes w) {
     int32_t four;
     memcpy(&four, x, 4);
 #if defined(__AVX512VNNI__)
-    return (ints)_mm512_dpbusd_epi32((__m512i)total, _mm512_set1_epi32(four), (__m512i)w);
+    return (ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)w, _mm512_set1_epi32(four));
 #elif defined(__AVX2__)
     __m256i parts[2], sums[2], fours = _mm256_set1_epi32(four);
     memcpy(parts, &w, sizeof w);
     memcpy(sums, &total, sizeof total);
     for (int half = 0; half < 2; half++) {
-        __m256i pairs = _mm256_maddubs_epi16(fours, parts[half]); /* at most 2 * 24 * 12 */
+        __m256i pairs = _mm256_maddubs_epi16(parts[half], fours); /* at most 2 * 24 * 12 */
         sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     memcpy(&total, sums, sizeof total);
     return total;
 #else
     for (int lane = 0; lane < LANES; lane++)
-        for (int i = 0; i < 4; i++) total[lane] += (int32_t)x[i] * (int8_t)w[4 * lane + i];
+        for (int i = 0; i < 4; i++) total[lane] += (int32_t)x[i] * w[4 * lane + i];
     return total;
 #endif
 }

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -33,16 +34,17 @@ class TorchAttentionBackend:
         return TorchAttentionStep(self, *self.plan_groups(batch))
 
     def plan_groups(self, batch: AttentionBatch) -> tuple[torch.Tensor, list[SequenceGroup]]:
-        """The slots of the new tokens, and the groups: leading sequences with one query (decode) form one, every
-        other sequence its own.
+        """The slots of the new tokens, and the groups: neighbours with one query (decode) form one, every other
+        sequence its own.
         """
-        count = len(batch.query_lens)
-        decode = next((i for i, length in enumerate(batch.query_lens) if length != 1), count)
-        groups = [self._group(batch, 0, range(decode))] if decode else []
-        row = decode
-        for index in range(decode, count):
-            groups.append(self._group(batch, row, range(index, index + 1)))
-            row += batch.query_lens[index]
+        groups, first, row = [], 0, 0
+        for is_decode, run in groupby(batch.query_lens, key=lambda length: length == 1):
+            lengths = list(run)
+            count = len(lengths) if is_decode else 1
+            for start in range(first, first + len(lengths), count):
+                groups.append(self._group(batch, row, range(start, start + count)))
+                row += sum(batch.query_lens[start : start + count])
+            first += len(lengths)
         return self._slots(batch), groups
 
     def _slots(self, batch: AttentionBatch) -> torch.Tensor:
