@@ -116,6 +116,16 @@ def test_the_experts_agree(rows):
         assert int(different.sum()) <= 0.05 * rows
 
 
+def test_a_row_may_name_an_expert_more_than_once():
+    packed = packed_experts()
+    x, ids, weights = routed(9, seed=3)
+    ids[:] = 2
+    x_fp4, x_scale = quantize_nvfp4(x, torch.tensor(2e-3))
+    ours = c_nvfp4.Nvfp4MoE(packed, 0)(x_fp4, x_scale, ids, weights)
+    expected = torch_moe.Nvfp4MoE(packed, 0)(x_fp4, x_scale, ids, weights)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
 def test_the_experts_read_gathered_rows_in_place():
     packed, layout = packed_experts(), WireRowLayout(HIDDEN, TOP_K)
     x, ids, weights = routed(9, seed=1)

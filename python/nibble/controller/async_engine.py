@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-import secrets
+import random
 import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Callable
@@ -62,6 +62,7 @@ class AsyncEngine:
         self._requests: dict[str, RequestState] = {}
         self._balancer = LoadBalancer(self.dp_size)
         self._sequence = 0
+        self._seeds = random.Random(config.random_seed)
         self._supervisor: Supervisor | None = None  # until start
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -183,7 +184,7 @@ class AsyncEngine:
             request_id=request.request_id,
             input_ids=request.input_ids,
             sampling=request.sampling,
-            seed=seed if seed is not None else secrets.randbits(63),
+            seed=seed if seed is not None else self._seeds.getrandbits(63),
             return_logprob=request.return_logprob,
             top_logprobs_num=request.top_logprobs_num,
             update_interval=request.update_interval,

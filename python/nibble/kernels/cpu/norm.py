@@ -13,7 +13,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(x, weight, eps)
     rows, columns = x.shape
     out = torch.empty(rows, columns)
-    c_kernels().rms_norm(address(x), rows, x.stride(0), columns, address(weight), eps, address(out))
+    if rows:
+        c_kernels().rms_norm(address(x), rows, x.stride(0), columns, address(weight), eps, address(out))
     return out
 
 

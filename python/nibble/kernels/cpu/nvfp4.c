@@ -226,8 +226,9 @@ void fused_moe_nvfp4(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales
     const int64_t x_blocks = hidden / BLOCK, h_blocks = width / BLOCK;
     const Experts experts = {{w13, w13_scales, x_blocks}, {w2, w2_scales, h_blocks}, g1_gate_up, w2_input_scale, g2};
     if (rows == 0) return;
-    Rows all_rows = allocate_rows(rows, hidden), chosen = allocate_rows(rows, 0), h = allocate_rows(rows, width);
-    float **places = malloc(rows * sizeof *places), *weights = malloc(rows * sizeof *weights);
+    const int64_t most = rows * top_k; /* of one expert, should a row name it more than once */
+    Rows all_rows = allocate_rows(rows, hidden), chosen = allocate_rows(most, 0), h = allocate_rows(most, width);
+    float **places = malloc(most * sizeof *places), *weights = malloc(most * sizeof *weights);
     decode_rows(x, x_stride, x_scales, scale_stride, rows, hidden, (int8_t *)all_rows.codes[0],
                 (Factor *)all_rows.factors[0]);
     memset(out, 0, rows * hidden * sizeof *out);

@@ -41,6 +41,8 @@ def quantize_pack(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, input_scale
     rows = len(x)
     out = torch.empty(rows, layout.row_bytes, dtype=torch.uint8)
     x, topk_ids, topk_weights = as_fp32(x), topk_ids.contiguous(), topk_weights.contiguous()
+    if rows == 0:
+        return out
     c_kernels().quantize_pack(
         address(x), address(topk_ids), address(topk_weights), rows, layout.hidden_size, layout.top_k,
         float(input_scale), layout.scale_offset, layout.ids_offset, layout.weights_offset, layout.row_bytes,
@@ -62,7 +64,8 @@ class Nvfp4Linear:
         rows, columns = x.shape
         x = as_fp32(x)
         out = torch.empty(rows, self.outputs)
-        c_kernels().linear_nvfp4(address(x), rows, columns, *self._weight, self.outputs, address(out))
+        if rows:
+            c_kernels().linear_nvfp4(address(x), rows, columns, *self._weight, self.outputs, address(out))
         return out
 
 

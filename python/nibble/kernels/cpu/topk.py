@@ -11,5 +11,6 @@ def topk_softmax(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[
     rows, experts = router_logits.shape
     logits = as_fp32(router_logits)
     ids, weights = torch.empty(rows, top_k, dtype=torch.int32), torch.empty(rows, top_k)
-    c_kernels().topk_softmax(address(logits), rows, experts, top_k, renormalize, address(ids), address(weights))
+    if rows:
+        c_kernels().topk_softmax(address(logits), rows, experts, top_k, renormalize, address(ids), address(weights))
     return ids, weights
