@@ -46,7 +46,7 @@ sequences = st.lists(
 def test_any_mix_of_sequences_attends_to_its_own_past_only(make_backend, items, seed):
     generator = torch.Generator().manual_seed(seed)
     pool = make_pool()
-    backend = make_backend(pool, HEADS, KV_HEADS)
+    backend = make_backend(pool)
     pages = torch.randperm(PAGES, generator=generator).tolist()
     tables, keys, values = [], [], []
     for past, queries in items:
@@ -72,7 +72,7 @@ def test_any_mix_of_sequences_attends_to_its_own_past_only(make_backend, items, 
 def test_pages_of_a_failed_request_are_cleared_for_whoever_uses_them_next(make_backend):
     """Masked slots are multiplied by zero, and zero times NaN is NaN."""
     pool = make_pool()
-    backend = make_backend(pool, HEADS, KV_HEADS)
+    backend = make_backend(pool)
     bad = torch.full((PAGE, KV_HEADS, SIZE), float("nan"))
     backend.plan(AttentionBatch([PAGE], [PAGE], [[3]])).forward(0, torch.zeros(PAGE, HEADS, SIZE), bad, bad)
     one = torch.ones(1, KV_HEADS, SIZE)
@@ -85,7 +85,7 @@ def test_pages_of_a_failed_request_are_cleared_for_whoever_uses_them_next(make_b
 
 def test_attention_does_not_grow_with_what_other_sequences_hold():
     """Rows of a step are this rank's own: nothing is padded to the number of rows of all ranks."""
-    backend = TorchAttentionBackend(make_pool(), HEADS, KV_HEADS)
+    backend = TorchAttentionBackend(make_pool())
     step = backend.plan(AttentionBatch([1, 1, 5], [3, 9, 5], [[0], [1, 2, 3], [4, 5]]))
     assert [(group.first_row, group.query_len, tuple(group.pages.shape)) for group in step.groups] == [
         (0, 1, (2, 3)),

@@ -19,6 +19,7 @@ class Kernels:
     """The functions of one machine. Their contracts are those of the torch implementations."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     qk_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     topk_softmax: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -40,20 +41,24 @@ def _torch_kernels() -> Kernels:
     from torch.nn.functional import linear
 
     from nibble.kernels.torch.fused_moe import Nvfp4MoE
-    from nibble.kernels.torch.norm import qk_norm_rope, rms_norm
+    from nibble.kernels.torch.norm import add_rms_norm, qk_norm_rope, rms_norm
     from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
     from nibble.kernels.torch.sampling import argmax
     from nibble.kernels.torch.topk import topk_softmax
     from nibble.kernels.torch.wire_row import quantize_pack
 
-    return Kernels(rms_norm, qk_norm_rope, topk_softmax, linear, argmax, quantize_pack, Nvfp4Linear, Nvfp4MoE)
+    return Kernels(
+        rms_norm, add_rms_norm, qk_norm_rope, topk_softmax, linear, argmax, quantize_pack, Nvfp4Linear, Nvfp4MoE
+    )
 
 
 def _c_kernels() -> Kernels:
     from nibble.kernels.cpu.linear import linear
-    from nibble.kernels.cpu.norm import qk_norm_rope, rms_norm
+    from nibble.kernels.cpu.norm import add_rms_norm, qk_norm_rope, rms_norm
     from nibble.kernels.cpu.nvfp4 import Nvfp4Linear, Nvfp4MoE, quantize_pack
     from nibble.kernels.cpu.sampling import argmax
     from nibble.kernels.cpu.topk import topk_softmax
 
-    return Kernels(rms_norm, qk_norm_rope, topk_softmax, linear, argmax, quantize_pack, Nvfp4Linear, Nvfp4MoE)
+    return Kernels(
+        rms_norm, add_rms_norm, qk_norm_rope, topk_softmax, linear, argmax, quantize_pack, Nvfp4Linear, Nvfp4MoE
+    )

@@ -14,10 +14,14 @@ class RMSNorm:
     def __init__(self, config: EngineConfig, size: int) -> None:
         self.weight = torch.empty(size, dtype=torch_dtype(config.dtype))
         self.eps = config.model.rms_norm_eps
-        self.kernel = select_kernels(config.cpu_kernels, config.moe_kernel).rms_norm
+        self.kernels = select_kernels(config.cpu_kernels, config.moe_kernel)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernel(x, self.weight, self.eps)
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalized `x + residual`, and that sum: the residual of what follows."""
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
         return {f"{prefix}.weight": float_target(self.weight, mean=1.0)}

@@ -37,7 +37,7 @@ class ModelRunner:
         model = config.model
         self.pool = KvCachePool(model, config.num_pages, config.args.page_size, torch_dtype(config.kv_cache_dtype))
         backend = CpuAttentionBackend if config.cpu_kernels == "c" else TorchAttentionBackend
-        self.attention_backend = backend(self.pool, model.num_heads, model.num_kv_heads)
+        self.attention_backend = backend(self.pool)
         self.vocab_size = model.vocab_size
 
     @torch.inference_mode()
@@ -53,4 +53,6 @@ class ModelRunner:
                 torch.tensor(batch.positions),
                 self.attention_backend.plan(batch.attention),
             )
-            return self.model.compute_logits(hidden[batch.logit_rows])
+            if len(batch.logit_rows) < len(hidden):
+                hidden = hidden[batch.logit_rows]
+            return self.model.compute_logits(hidden)

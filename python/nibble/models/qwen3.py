@@ -38,8 +38,8 @@ class Qwen3Attention:
         self.k_norm = RMSNorm(config, model.head_dim)
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
-        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        q, k, v = qkv.split(self.heads, dim=1)  # [T, N, D]
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = torch.split_with_sizes(qkv, self.heads, dim=1)  # [T, N, D]
         q, k = self.rotary.normalized(q, k, self.q_norm, self.k_norm, positions)
         return self.o_proj(attention.forward(self.layer, q, k, v))
 
@@ -84,10 +84,23 @@ class Qwen3DecoderLayer:
     def make_mlp(self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int) -> FeedForward:
         return Qwen3MLP(config, prefix)
 
-    def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, attention: AttentionStep | None) -> torch.Tensor:
-        if attention is not None:  # an idle rank has no rows, and enters only what is collective
-            hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, attention)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        attention: AttentionStep | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[T, H]` twice: what this layer's last part adds to the residual, and the residual before that."""
+        if attention is None:  # an idle rank has no rows, and enters only what is collective
+            return self.mlp(hidden), hidden
+        if residual is None:
+            normed, residual = self.input_layernorm(hidden), hidden
+        else:
+            normed, residual = self.input_layernorm.after_adding(hidden, residual)
+        attended = self.self_attn(normed, positions, attention)
+        normed, residual = self.post_attention_layernorm.after_adding(attended, residual)
+        return self.mlp(normed), residual
 
     def layers(self) -> Iterator[tuple[str, Layer]]:
         yield from self.self_attn.layers(f"{self.prefix}.self_attn")
@@ -114,10 +127,10 @@ class Qwen3ForCausalLM:
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep | None
     ) -> torch.Tensor:
         """Hidden states `[T, H]` for `input_ids [T]`; `attention` is None exactly when T is 0."""
-        hidden = self.embed_tokens(input_ids)
+        hidden, residual = self.embed_tokens(input_ids), None
         for layer in self.decoder:
-            hidden = layer(hidden, positions, attention)
-        return hidden
+            hidden, residual = layer(hidden, residual, positions, attention)
+        return hidden if residual is None else hidden + residual
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits `[R, vocab]` for the rows `[R, H]` of `forward` that need them."""

@@ -8,7 +8,7 @@ from nibble.ipc.messages import AbortRequest, NewRequest, TokenBatch, TokenUpdat
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.model_runner import ModelRunner
-from nibble.model_executor.sampler import SampledToken, Sampler, SamplingRow
+from nibble.model_executor.sampler import SampledToken, Sampler
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.request import Request
 from nibble.scheduler.scheduler import ScheduledRequest, Scheduler
@@ -60,7 +60,7 @@ class EventLoop:
         if sync.runs:
             logits = self.runner.forward(make_forward_batch(step), sync.global_num_tokens)
             if step:
-                rows = [_sampling_row(entry.request) for entry in step if entry.samples]
+                rows = [entry.request.sampling_row for entry in step if entry.samples]
                 self._finish(step, self.sampler.sample(logits, rows) if rows else [])
         self.may_sleep = sync.may_sleep
         if self.may_sleep:
@@ -104,16 +104,6 @@ def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
         page_tables=[entry.request.pages for entry in step],
     )
     return ForwardBatch(input_ids, positions, attention, logit_rows)
-
-
-def _sampling_row(request: Request) -> SamplingRow:
-    return SamplingRow(
-        request.sampling,
-        request.seed,
-        request.token_ids,
-        request.prompt_length,
-        request.top_logprobs_num if request.return_logprob else None,
-    )
 
 
 def _update(request: Request, sampled: SampledToken, reason: FinishReason | None) -> TokenUpdate | None:

@@ -4,6 +4,7 @@ Standard input brings the engine's configuration as one line of JSON and then st
 engine is gone, and this process with it.
 """
 
+import gc
 import logging
 import signal
 import sys
@@ -114,6 +115,8 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         sockets,
         sockets.send,
     )
+    gc.collect()
+    gc.freeze()  # the model stays; collecting garbage need not look at it again
     sockets.send(RankReady(rank))
     return loop
 

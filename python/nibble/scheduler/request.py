@@ -2,6 +2,7 @@
 
 from nibble.generation import FinishReason, TokenLogprob
 from nibble.ipc.messages import NewRequest
+from nibble.model_executor.sampler import SamplingRow
 
 
 class Request:
@@ -14,14 +15,19 @@ class Request:
     def __init__(self, message: NewRequest) -> None:
         self.request_id = message.request_id
         self.sampling = message.sampling
-        self.seed = message.seed
-        self.return_logprob = message.return_logprob
-        self.top_logprobs_num = message.top_logprobs_num
         self.update_interval = message.update_interval
         self.unsent_ids: list[int] = []
         self.unsent_logprobs: list[TokenLogprob] = []
         self.prompt_length = len(message.input_ids)
         self.token_ids = list(message.input_ids)
+        self.sampling_row = SamplingRow(
+            message.sampling,
+            message.seed,
+            self.token_ids,
+            self.prompt_length,
+            message.top_logprobs_num if message.return_logprob else None,
+        )
+        """How the sampler sees this request, at every step."""
         self.num_computed = 0
         self.pages: list[int] = []
 

@@ -24,6 +24,13 @@ void rms_norm(const float *x, int64_t rows, int64_t stride, int64_t columns, con
     }
 }
 
+/* total = x + residual [T, K], out = rms_norm(total). */
+void add_rms_norm(const float *x, const float *residual, int64_t rows, int64_t columns, const float *weight, float eps,
+                  float *out, float *total) {
+    for (int64_t i = 0; i < rows * columns; i++) total[i] = x[i] + residual[i];
+    rms_norm(total, rows, columns, columns, weight, eps, out);
+}
+
 /* x [T, N, D], rows `stride` apart: each head is normalized, then rotated by the angles of its position. cos and
  * signed_sin [positions, D] as in kernels/torch/norm.py; out [T, N, D]. */
 static void norm_rope(const float *x, int64_t rows, int64_t stride, int64_t heads, int64_t size,

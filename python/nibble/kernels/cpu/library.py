@@ -17,6 +17,7 @@ _SIGNATURES = {
     "linear_nvfp4": [_ADDRESS] + [_INT] * 2 + [_FLOAT] + [_ADDRESS] * 3 + [_INT, _ADDRESS],
     "fused_moe_nvfp4": [_ADDRESS, _INT] * 4 + [_INT] * 6 + [_ADDRESS] * 8,
     "rms_norm": [_ADDRESS] + [_INT] * 3 + [_ADDRESS, _FLOAT, _ADDRESS],
+    "add_rms_norm": [_ADDRESS] * 2 + [_INT] * 2 + [_ADDRESS, _FLOAT] + [_ADDRESS] * 2,
     "qk_norm_rope": [_ADDRESS] * 2 + [_INT] * 5 + [_ADDRESS] * 2 + [_FLOAT] + [_ADDRESS] * 5,
     "store_kv": [_ADDRESS, _INT, _ADDRESS] + [_INT] * 3 + [_ADDRESS] * 3 + [_INT],
     "decode_attention": [_ADDRESS] * 4 + [_INT, _ADDRESS] + [_INT] * 6 + [_ADDRESS],

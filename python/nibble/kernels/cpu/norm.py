@@ -18,6 +18,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`kernels.torch.norm.add_rms_norm`."""
+    is_plain = x.dtype == residual.dtype == torch.float32 and x.is_contiguous() and residual.is_contiguous()
+    if not is_plain:
+        return norm.add_rms_norm(x, residual, weight, eps)
+    rows, columns = x.shape
+    out, total = torch.empty(rows, columns), torch.empty(rows, columns)
+    if rows:
+        c_kernels().add_rms_norm(
+            address(x), address(residual), rows, columns, address(weight), eps, address(out), address(total)
+        )
+    return out, total
+
+
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:

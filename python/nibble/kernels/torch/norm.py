@@ -9,6 +9,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of `x + residual`, and that sum, which is the next residual."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rotate(x: Tensor, positions: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al., arXiv:2104.09864) of `x [T, N, D]` at `positions [T]`, int64.
 

@@ -15,18 +15,17 @@ vary, so the same inputs give the same bits; the order of a row's experts does n
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
+from nibble.kernels.triton.moe_routing import assign, choose_assign_tiles, load_block
 from nibble.kernels.triton.nvfp4_tiles import (
     WEIGHT_UNIT,
     NvFp4Tiles,
-    block_columns,
+    Tiling,
     e2m1_value,
     e4m3_value,
     fake_quantize,
@@ -38,32 +37,19 @@ from nibble.kernels.triton.nvfp4_tiles import (
 
 # Rows of one pass: beyond, the results of all pairs would take more memory than they save time.
 _MAX_ROWS = 4096
-_ASSIGN_TILE = 128  # pairs that one program places
-_SCAN_TILE = 1024  # pairs that it counts at once
-_UNPACK_TILE = 512  # words of eight values that one program unpacks
+_UNPACK_TILE = 1024  # words of eight values that one program unpacks
 _COMBINE_TILE = 1024  # columns
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the two products are cut: `block_n` rows of weights by `block_m` pairs a tile."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    programs_per_multiprocessor: int
-
-
 def choose_tiling(pairs_per_expert: float) -> Tiling:
-    """By the mean number of pairs, of which most experts should fit into one block."""
+    """By the mean number of pairs, so that most experts need one block."""
     if pairs_per_expert <= 6:
-        return Tiling(16, 64, 4, 4, 4)
-    if pairs_per_expert <= 20:
-        return Tiling(32, 64, 4, 4, 4)
-    if pairs_per_expert <= 40:
-        return Tiling(64, 64, 4, 4, 3)
-    return Tiling(128, 128, 8, 3, 1)
+        return Tiling(16, 16, 64, 128, 4, 6, 4)
+    if pairs_per_expert <= 24:
+        return Tiling(32, 16, 64, 128, 4, 4, 4)
+    if pairs_per_expert <= 80:
+        return Tiling(64, 32, 128, 128, 4, 3, 2)
+    return Tiling(128, 32, 128, 128, 8, 3, 1)
 
 
 class Nvfp4MoE:
@@ -117,7 +103,8 @@ class Nvfp4MoE:
         results = out.new_empty(pairs, self.hidden_size)
 
         x_fp4 = _word_aligned(x_fp4)
-        assign_programs = triton.cdiv(pairs, _ASSIGN_TILE)
+        assign_tile, scan_tile = choose_assign_tiles(pairs)
+        assign_programs = triton.cdiv(pairs, assign_tile)
         unpack_programs = triton.cdiv(rows * self.w13.columns // 8, _UNPACK_TILE)
         _prepare_kernel[(assign_programs + unpack_programs,)](
             x_fp4,
@@ -141,10 +128,10 @@ class Nvfp4MoE:
             NUM_EXPERTS=self.num_local,
             EXPERT_TILE=triton.next_power_of_2(self.num_local),
             BLOCK_M=tiling.block_m,
-            ASSIGN_TILE=_ASSIGN_TILE,
-            SCAN_TILE=_ASSIGN_TILE if pairs <= _ASSIGN_TILE else _SCAN_TILE,
+            ASSIGN_TILE=assign_tile,
+            SCAN_TILE=scan_tile,
             UNPACK_TILE=_UNPACK_TILE,
-            num_warps=4,
+            num_warps=8,
         )
         max_programs = num_multiprocessors(x.device) * tiling.programs_per_multiprocessor
         _gate_up_kernel[(min(max_programs, max_blocks * self.w13.rows // tiling.block_n),)](
@@ -162,8 +149,9 @@ class Nvfp4MoE:
             COLUMNS=self.w13.columns,
             TOP_K=top_k,
             BLOCK_M=tiling.block_m,
+            SMALL_M=tiling.small_m,
             BLOCK_N=tiling.block_n,
-            BLOCK_K=block_columns(self.w13.columns),
+            BLOCK_K=tiling.step(self.w13.columns),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
             enable_fp_fusion=False,
@@ -186,8 +174,9 @@ class Nvfp4MoE:
             COLUMNS=self.w2.columns,
             TOP_K=top_k,
             BLOCK_M=tiling.block_m,
+            SMALL_M=tiling.small_m,
             BLOCK_N=tiling.block_n,
-            BLOCK_K=block_columns(self.w2.columns),
+            BLOCK_K=tiling.step(self.w2.columns),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
         )
@@ -265,7 +254,7 @@ def _prepare_kernel(
 ):
     program = tl.program_id(0)
     if program < assign_programs:
-        _assign(
+        assign(
             program, ids_ptr, sorted_pairs_ptr, blocks_ptr, num_blocks_ptr, ids_stride, ids_slot_stride,
             num_rows * TOP_K, first_expert, max_blocks,
             TOP_K, NUM_EXPERTS, EXPERT_TILE, BLOCK_M, ASSIGN_TILE, SCAN_TILE,
@@ -275,82 +264,6 @@ def _prepare_kernel(
             program - assign_programs, x_fp4_ptr, x_scale_ptr, x_ptr, x_fp4_stride, x_scale_stride, num_rows,
             HIDDEN_SIZE, PADDED_SIZE, UNPACK_TILE,
         )  # fmt: skip
-
-
-@triton.jit
-def _assign(
-    tile,
-    ids_ptr,
-    sorted_pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    ids_stride,
-    ids_slot_stride,
-    num_pairs,
-    first_expert,
-    max_blocks,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    EXPERT_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
-    SCAN_TILE: tl.constexpr,
-):
-    """Places a tile of pairs among all pairs sorted by expert; program 0 also lists the blocks.
-
-    Every program counts the pairs of all experts for itself, so that none waits for another. A block is an expert,
-    the place of its first pair and its number of pairs.
-    """
-    totals = tl.zeros([EXPERT_TILE], tl.int32)
-    before = tl.zeros([EXPERT_TILE], tl.int32)  # of which in earlier tiles
-    for start in range(0, num_pairs, SCAN_TILE):
-        pair = start + tl.arange(0, SCAN_TILE)
-        expert, is_local = _local_expert(
-            pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
-        )
-        totals += tl.histogram(expert, EXPERT_TILE, mask=is_local)
-        before += tl.histogram(expert, EXPERT_TILE, mask=is_local & (pair < tile * TILE))
-    first_place = tl.cumsum(totals, axis=0) - totals
-
-    pair = tile * TILE + tl.arange(0, TILE)
-    expert, is_local = _local_expert(
-        pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
-    )
-    experts = tl.arange(0, EXPERT_TILE)
-    place = tl.sum(tl.where(expert[:, None] == experts[None, :], (first_place + before)[None, :], 0), axis=1)
-    is_earlier = (expert[:, None] == expert[None, :]) & is_local[None, :] & (pair[None, :] < pair[:, None])
-    place += tl.sum(is_earlier.to(tl.int32), axis=1)
-    tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
-
-    if tile == 0:
-        expert_blocks = (totals + BLOCK_M - 1) // BLOCK_M
-        first_block = tl.cumsum(expert_blocks, axis=0) - expert_blocks
-        tl.store(num_blocks_ptr, tl.sum(expert_blocks, axis=0))
-        for index in range(0, tl.max(expert_blocks, axis=0)):
-            block_ptr = blocks_ptr + first_block + index
-            mask = index < expert_blocks
-            tl.store(block_ptr, experts, mask=mask)
-            tl.store(block_ptr + max_blocks, first_place + index * BLOCK_M, mask=mask)
-            tl.store(block_ptr + 2 * max_blocks, tl.minimum(totals - index * BLOCK_M, BLOCK_M), mask=mask)
-
-
-@triton.jit
-def _local_expert(
-    pair,
-    ids_ptr,
-    ids_stride,
-    ids_slot_stride,
-    num_pairs,
-    first_expert,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-):
-    """The local index of each pair's expert, and whether it is on this rank."""
-    row = pair // TOP_K
-    id_ptr = ids_ptr + row * ids_stride + (pair - row * TOP_K) * ids_slot_stride
-    expert = tl.load(id_ptr, mask=pair < num_pairs, other=-1)
-    is_local = (expert >= first_expert) & (expert < first_expert + NUM_EXPERTS)
-    return tl.where(is_local, expert - first_expert, 0), is_local
 
 
 @triton.jit
@@ -386,17 +299,6 @@ def _unpack_rows(
         tl.store(place_ptr + 32 * j, tl.join(even, odd).to(tl.float16), mask=in_row[:, None])
 
 
-@triton.jit
-def _load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks, BLOCK_M: tl.constexpr):
-    """A block's expert (int64), its pairs [BLOCK_M] and which of them exist."""
-    expert = tl.load(blocks_ptr + block).to(tl.int64)
-    first_place = tl.load(blocks_ptr + max_blocks + block)
-    num_pairs = tl.load(blocks_ptr + 2 * max_blocks + block)
-    index = tl.arange(0, BLOCK_M)
-    mask = index < num_pairs
-    return expert, tl.load(sorted_pairs_ptr + first_place + index, mask=mask, other=0), mask
-
-
 @triton.jit(do_not_specialize=["max_blocks"])
 def _gate_up_kernel(
     words_ptr,
@@ -413,35 +315,68 @@ def _gate_up_kernel(
     COLUMNS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
-    HIDDEN_BLOCKS: tl.constexpr = BLOCK_N // 32  # blocks of 16 hidden values
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
-        expert, pair, mask = _load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks, BLOCK_M)
-        acc = multiply_rows(
-            words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
-            row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
-            x_ptr + (pair // TOP_K).to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
-        gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
-        gate *= tl.load(alpha_ptr + expert * 2)
-        up *= tl.load(alpha_ptr + expert * 2 + 1)
-        hidden = gate / (1.0 + tl.exp(-gate)) * up
-        hidden = fake_quantize(hidden.reshape(HIDDEN_BLOCKS, 16, BLOCK_M), tl.load(hidden_scale_ptr + expert))
+        expert, pairs_ptr, num_pairs = load_block(tile // ROW_TILES, blocks_ptr, sorted_pairs_ptr, max_blocks)
+        if SMALL_M < BLOCK_M and num_pairs <= SMALL_M:
+            _gate_up_tile(
+                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr,
+                x_ptr, hidden_ptr, ROWS, COLUMNS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _gate_up_tile(
+                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr,
+                x_ptr, hidden_ptr, ROWS, COLUMNS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
 
-        # In a block of 16, value 8 b0 + 4 p + j; blocks t = 0 to 3 of a chunk with b1 = 0, then those with b1 = 1.
-        hidden = hidden.reshape(HIDDEN_BLOCKS, 2, 2, 4, BLOCK_M).permute(4, 3, 1, 0, 2)  # pair, j, b0, t, p
-        hidden = hidden.reshape(BLOCK_M, 4, 2, HIDDEN_BLOCKS * 2)
-        first_block = row_tile * HIDDEN_BLOCKS
-        place = first_block // 8 * 128 + first_block // 4 % 2 * 16 + first_block % 4 * 2
-        hidden_ptrs = (hidden_ptr + pair.to(tl.int64) * (ROWS // 2) + place)[:, None, None, None]
-        hidden_ptrs += tl.arange(0, 4)[None, :, None, None] * 32 + tl.arange(0, 2)[None, None, :, None] * 8
-        hidden_ptrs += tl.arange(0, HIDDEN_BLOCKS * 2)[None, None, None, :]
-        tl.store(hidden_ptrs, hidden, mask=mask[:, None, None, None])
+
+@triton.jit
+def _gate_up_tile(
+    row_tile,
+    expert,
+    pairs_ptr,
+    num_pairs,
+    words_ptr,
+    scales_ptr,
+    alpha_ptr,
+    hidden_scale_ptr,
+    x_ptr,
+    hidden_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    HIDDEN_BLOCKS: tl.constexpr = BLOCK_N // 32  # blocks of 16 hidden values
+    mask = tl.arange(0, BLOCK_M) < num_pairs
+    pair = tl.load(pairs_ptr + tl.arange(0, BLOCK_M), mask=mask, other=0)
+    acc = multiply_rows(
+        words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
+        row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
+        x_ptr + (pair // TOP_K).to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+    gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+    gate *= tl.load(alpha_ptr + expert * 2)
+    up *= tl.load(alpha_ptr + expert * 2 + 1)
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    hidden = fake_quantize(hidden.reshape(HIDDEN_BLOCKS, 16, BLOCK_M), tl.load(hidden_scale_ptr + expert))
+
+    # In a block of 16, value 8 b0 + 4 p + j; blocks t = 0 to 3 of a chunk with b1 = 0, then those with b1 = 1.
+    hidden = hidden.reshape(HIDDEN_BLOCKS, 2, 2, 4, BLOCK_M).permute(4, 3, 1, 0, 2)  # pair, j, b0, t, p
+    hidden = hidden.reshape(BLOCK_M, 4, 2, HIDDEN_BLOCKS * 2)
+    first_block = row_tile * HIDDEN_BLOCKS
+    place = first_block // 8 * 128 + first_block // 4 % 2 * 16 + first_block % 4 * 2
+    hidden_ptrs = (hidden_ptr + pair.to(tl.int64) * (ROWS // 2) + place)[:, None, None, None]
+    hidden_ptrs += tl.arange(0, 4)[None, :, None, None] * 32 + tl.arange(0, 2)[None, None, :, None] * 8
+    hidden_ptrs += tl.arange(0, HIDDEN_BLOCKS * 2)[None, None, None, :]
+    tl.store(hidden_ptrs, hidden, mask=mask[:, None, None, None])
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -463,26 +398,64 @@ def _down_kernel(
     COLUMNS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
-        expert, pair, mask = _load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks, BLOCK_M)
-        acc = multiply_rows(
-            words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
-            row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
-            hidden_ptr + pair.to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
-        row = pair // TOP_K
-        weight_ptr = weights_ptr + row * weights_stride + (pair - row * TOP_K) * weights_slot_stride
-        factor = tl.load(alpha_ptr + expert) * tl.load(weight_ptr, mask=mask, other=0.0)
-        column = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        result_ptrs = results_ptr + pair.to(tl.int64)[:, None] * HIDDEN_SIZE + column[None, :]
-        result = (acc * factor[None, :]).T.to(results_ptr.dtype.element_ty)
-        tl.store(result_ptrs, result, mask=mask[:, None] & (column < HIDDEN_SIZE)[None, :])
+        expert, pairs_ptr, num_pairs = load_block(tile // ROW_TILES, blocks_ptr, sorted_pairs_ptr, max_blocks)
+        if SMALL_M < BLOCK_M and num_pairs <= SMALL_M:
+            _down_tile(
+                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, weights_ptr,
+                hidden_ptr, results_ptr, weights_stride, weights_slot_stride,
+                HIDDEN_SIZE, ROWS, COLUMNS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _down_tile(
+                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, weights_ptr,
+                hidden_ptr, results_ptr, weights_stride, weights_slot_stride,
+                HIDDEN_SIZE, ROWS, COLUMNS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    row_tile,
+    expert,
+    pairs_ptr,
+    num_pairs,
+    words_ptr,
+    scales_ptr,
+    alpha_ptr,
+    weights_ptr,
+    hidden_ptr,
+    results_ptr,
+    weights_stride,
+    weights_slot_stride,
+    HIDDEN_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    mask = tl.arange(0, BLOCK_M) < num_pairs
+    pair = tl.load(pairs_ptr + tl.arange(0, BLOCK_M), mask=mask, other=0)
+    acc = multiply_rows(
+        words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
+        row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
+        hidden_ptr + pair.to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+    row = pair // TOP_K
+    weight_ptr = weights_ptr + row * weights_stride + (pair - row * TOP_K) * weights_slot_stride
+    factor = tl.load(alpha_ptr + expert) * tl.load(weight_ptr, mask=mask, other=0.0)
+    column = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    result_ptrs = results_ptr + pair.to(tl.int64)[:, None] * HIDDEN_SIZE + column[None, :]
+    result = (acc * factor[None, :]).T.to(results_ptr.dtype.element_ty)
+    tl.store(result_ptrs, result, mask=mask[:, None] & (column < HIDDEN_SIZE)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_expert"])

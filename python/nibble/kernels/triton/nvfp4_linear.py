@@ -1,8 +1,6 @@
-"""An NVFP4 linear layer on GPUs without FP4 tensor cores (sm80 and later): W4A4 arithmetic, weights packed in memory."""
+"""An NVFP4 linear layer on GPUs without FP4 tensor cores (sm80 and later): W4A4 arithmetic, weights stay packed."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -12,7 +10,7 @@ from torch import Tensor
 from nibble.kernels.triton.nvfp4_tiles import (
     CHUNK_COLUMNS,
     WEIGHT_UNIT,
-    block_columns,
+    Tiling,
     fake_quantize,
     multiply_rows,
     num_multiprocessors,
@@ -24,25 +22,14 @@ _SUM_TILE = 1024
 _MAX_SPLITS = 8
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the product is cut: `block_n` rows of weights by `block_m` rows of x a program."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    programs_per_multiprocessor: int
-
-
 def choose_tiling(rows: int) -> Tiling:
     if rows <= 16:
-        return Tiling(16, 64, 4, 4, 3)
+        return Tiling(16, 16, 64, 256, 4, 4, 3)
     if rows <= 32:
-        return Tiling(32, 64, 4, 4, 2)
+        return Tiling(32, 32, 64, 128, 4, 4, 3)
     if rows <= 64:
-        return Tiling(64, 64, 4, 4, 1)
-    return Tiling(128, 128, 8, 3, 1)
+        return Tiling(64, 64, 128, 128, 4, 3, 2)
+    return Tiling(128, 128, 128, 128, 8, 3, 1)
 
 
 class Nvfp4Linear:
@@ -92,7 +79,7 @@ class Nvfp4Linear:
         tiling = choose_tiling(rows)
         row_tiles = triton.cdiv(self.out_features, tiling.block_n)
         tiles = row_tiles * triton.cdiv(rows, tiling.block_m)
-        block_k = block_columns(columns)
+        block_k = tiling.step(columns)
         programs = num_multiprocessors(x.device) * tiling.programs_per_multiprocessor
         splits = max(1, min(_MAX_SPLITS, columns // block_k, programs // tiles))
         sums = out if splits == 1 else x.new_empty(splits, rows, self.out_features, dtype=torch.float32)
@@ -183,9 +170,7 @@ def _linear_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _sum_kernel(
-    sums_ptr, alpha_ptr, out_ptr, num_rows, ROWS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr
-):
+def _sum_kernel(sums_ptr, alpha_ptr, out_ptr, num_rows, ROWS: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr):
     x_row = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = row < ROWS

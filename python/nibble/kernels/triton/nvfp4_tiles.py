@@ -37,7 +37,6 @@ _CHUNK_WORDS = tl.constexpr(CHUNK_ROWS * CHUNK_COLUMNS // 4)
 _CHUNK_SCALES = tl.constexpr(CHUNK_ROWS * CHUNK_COLUMNS // 16)
 _ROUNDER = tl.constexpr(1.5 * 2.0**22)
 _EXPONENT = tl.constexpr(0x7F800000)
-_NAN = tl.constexpr(float("nan"))
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -59,6 +58,23 @@ class NvFp4Tiles:
         return self.words.shape[-4] * CHUNK_ROWS
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut: tiles of `block_n` rows of weights by `block_m` rows of x, steps of `block_k` columns."""
+
+    block_m: int
+    small_m: int  # what a block takes instead of `block_m` if that is enough for its rows
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs_per_multiprocessor: int
+
+    def step(self, columns: int) -> int:
+        """The columns of a step, for a padded width of `columns`."""
+        return self.block_k if columns % self.block_k == 0 else CHUNK_COLUMNS
+
+
 def pack_tiles(values: Tensor, scales: Tensor) -> NvFp4Tiles:
     """Rearranges `values` uint8 [N, K/2] and `scales` e4m3 [N, K/16] (not negative), as in a checkpoint."""
     v = values.contiguous().view(torch.int16)
@@ -70,11 +86,6 @@ def pack_tiles(values: Tensor, scales: Tensor) -> NvFp4Tiles:
 
 def padded_columns(columns: int) -> int:
     return -(-columns // CHUNK_COLUMNS) * CHUNK_COLUMNS
-
-
-def block_columns(columns: int) -> int:
-    """The columns that one step of a kernel takes, for a padded width of `columns`."""
-    return 2 * CHUNK_COLUMNS if columns % (2 * CHUNK_COLUMNS) == 0 else CHUNK_COLUMNS
 
 
 def num_multiprocessors(device: torch.device) -> int:
@@ -200,7 +211,7 @@ def e2m1_value(code):
 def e4m3_value(byte):
     """The value of a byte of e4m3 (int32), fp32."""
     value = _as_fp16(((byte & 0x7F) << 7) | ((byte & 0x80) << 8)).to(tl.float32) * 2.0**8
-    return tl.where((byte & 0x7F) == E4M3_NAN, _NAN, value)
+    return tl.where((byte & 0x7F) == E4M3_NAN, float("nan"), value)
 
 
 @triton.jit
@@ -215,5 +226,5 @@ def fake_quantize(blocks, input_scale):
     y = tl.minimum(tl.div_rn(magnitude(bits), divisor[:, None, :]), E2M1_MAX)
     # e2m1 is spaced by 2^(e-1) around a number of exponent e, at least 0, and so is fp32 around 1.5 * 2^22 * 2^e.
     rounder = tl.maximum((float_bits(y) & _EXPONENT).to(tl.float32, bitcast=True), 1.0) * _ROUNDER
-    value = ((y + rounder) - rounder) * tl.where(scale_byte == E4M3_NAN, _NAN, scale)[:, None, :]
+    value = ((y + rounder) - rounder) * tl.where(scale_byte == E4M3_NAN, float("nan"), scale)[:, None, :]
     return tl.where(bits < 0, -value, value).to(tl.float16)

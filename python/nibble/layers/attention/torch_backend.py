@@ -1,10 +1,8 @@
 """Paged attention in torch: the CPU backend, and the reference for the others."""
 
-import math
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,15 +18,20 @@ class SequenceGroup:
     query_len: int
     pages: torch.Tensor  # [B, P]
     seq_lens: torch.Tensor  # [B]
-    mask: torch.Tensor  # [B, 1, G * Q, L] or [B, 1, 1, L], True where a query may look
+
+    def mask(self, num_slots: int, heads_per_kv_head: int) -> torch.Tensor:
+        """[B, 1, G * Q, L] or [B, 1, 1, L], True where a query may look."""
+        # Query j of a sequence is its token seq_len - query_len + j.
+        last = self.seq_lens[:, None] - self.query_len + torch.arange(self.query_len)  # [B, Q]
+        mask = torch.arange(num_slots) <= last[:, :, None]  # [B, Q, L]
+        return (mask.repeat(1, heads_per_kv_head, 1) if self.query_len > 1 else mask)[:, None]
 
 
 class TorchAttentionBackend:
     """Gathers each sequence's pages and calls scaled_dot_product_attention."""
 
-    def __init__(self, pool: KvCachePool, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, pool: KvCachePool) -> None:
         self.pool = pool
-        self.heads_per_kv_head = num_heads // num_kv_heads
 
     def plan(self, batch: AttentionBatch) -> "TorchAttentionStep":
         return TorchAttentionStep(self, *self.plan_groups(batch))
@@ -59,26 +62,11 @@ class TorchAttentionBackend:
         )
 
     def _group(self, batch: AttentionBatch, first_row: int, members: range) -> SequenceGroup:
-        query_len = batch.query_lens[members.start]
-        seq_lens = np.array([batch.seq_lens[i] for i in members])
-        width = math.ceil(int(seq_lens.max()) / self.pool.page_size)
-        pages = np.zeros((len(members), width), dtype=np.int64)
-        for row, index in enumerate(members):
-            table = batch.page_tables[index][:width]
-            pages[row, : len(table)] = table
-        slots = np.arange(width * self.pool.page_size)
-        # Query j of a sequence is its token seq_len - query_len + j.
-        last = seq_lens[:, None] - query_len + np.arange(query_len)  # [B, Q]
-        mask = slots <= last[:, :, None]  # [B, Q, L]
-        if query_len > 1:
-            mask = np.tile(mask, (1, self.heads_per_kv_head, 1))
-        return SequenceGroup(
-            first_row,
-            query_len,
-            torch.from_numpy(pages),
-            torch.from_numpy(seq_lens),
-            torch.from_numpy(mask[:, None]),
-        )
+        seq_lens = [batch.seq_lens[i] for i in members]
+        width = -(-max(seq_lens) // self.pool.page_size)
+        tables = [batch.page_tables[i][:width] for i in members]
+        pages = [[*table, *[0] * (width - len(table))] for table in tables]
+        return SequenceGroup(first_row, batch.query_lens[members.start], torch.tensor(pages), torch.tensor(seq_lens))
 
 
 class TorchAttentionStep:
@@ -102,14 +90,14 @@ class TorchAttentionStep:
             cache[layer].index_select(0, group.pages.flatten()).unflatten(0, group.pages.shape).to(q.dtype)
             for cache in (self.pool.keys, self.pool.values)
         )  # [B, P, page_size, kv_heads, D]
-        kv_heads, size = keys.shape[-2:]
+        _, pages, page_size, kv_heads, size = keys.shape
         # The heads that share a key head become queries of it: nothing is repeated.
         grouped = rows.view(sequences, queries, kv_heads, -1, size).permute(0, 2, 3, 1, 4)
         out = F.scaled_dot_product_attention(
             grouped.flatten(2, 3),  # [B, kv_heads, G * Q, D]
             keys.flatten(1, 2).transpose(1, 2),  # [B, kv_heads, L, D]
             values.flatten(1, 2).transpose(1, 2),
-            attn_mask=group.mask,
+            attn_mask=group.mask(pages * page_size, grouped.shape[2]),
         )
         out = out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4)  # [B, Q, kv_heads, G, D]
         return out.reshape(sequences * queries, -1)

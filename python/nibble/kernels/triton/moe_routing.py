@@ -1,0 +1,116 @@
+"""Sorting (row, expert) pairs by expert on the device, in one launch.
+
+A pair is the index ``row * top_k + slot`` into the ids. The pairs of this rank's experts are sorted by expert and then
+by index, and cut into blocks of at most `BLOCK_M` pairs of one expert. A block is its expert, the place of its first
+pair and its number of pairs, in three rows of `max_blocks` int32.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+_TILE = 128
+
+
+def choose_assign_tiles(num_pairs: int) -> tuple[int, int]:
+    """How many pairs a program of `assign` places, and how many it counts at once."""
+    if num_pairs <= _TILE:
+        return (32, 32) if num_pairs <= 32 else (_TILE, _TILE)
+    return (_TILE, 1024) if num_pairs <= 4096 else (_TILE, 4096)
+
+
+@triton.jit
+def load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks):
+    """A block's expert (int64), pointer to its pairs and number of pairs."""
+    expert = tl.load(blocks_ptr + block).to(tl.int64)
+    pairs_ptr = sorted_pairs_ptr + tl.load(blocks_ptr + max_blocks + block)
+    return expert, pairs_ptr, tl.load(blocks_ptr + 2 * max_blocks + block)
+
+
+@triton.jit
+def assign(
+    tile,
+    ids_ptr,
+    sorted_pairs_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    ids_stride,
+    ids_slot_stride,
+    num_pairs,
+    first_expert,
+    max_blocks,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERT_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SCAN_TILE: tl.constexpr,
+):
+    """Places the pairs of a tile; program 0 also lists the blocks. With one tile, `SCAN_TILE` is `TILE`."""
+    pair = tile * TILE + tl.arange(0, TILE)
+    expert, is_local = _local_expert(
+        pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
+    )
+    same = (expert[:, None] == expert[None, :]) & is_local[None, :]
+    rank = tl.sum((same & (pair[None, :] < pair[:, None])).to(tl.int32), axis=1)  # among the tile's of its expert
+    if SCAN_TILE == TILE:
+        key = tl.where(is_local, expert, NUM_EXPERTS) * TILE + pair
+        is_before = key[None, :] < key[:, None]
+        place = tl.sum(is_before.to(tl.int32), axis=1)
+        is_first = is_local & (rank % BLOCK_M == 0)
+        block_ptr = blocks_ptr + tl.sum((is_before & is_first[None, :]).to(tl.int32), axis=1)
+        count = tl.sum(same.to(tl.int32), axis=1)
+        tl.store(block_ptr, expert, mask=is_first)
+        tl.store(block_ptr + max_blocks, place, mask=is_first)
+        tl.store(block_ptr + 2 * max_blocks, tl.minimum(count - rank, BLOCK_M), mask=is_first)
+        tl.store(num_blocks_ptr, tl.sum(is_first.to(tl.int32), axis=0))
+    else:
+        # Every program counts the pairs of all experts for itself, so that none waits for another.
+        totals = tl.zeros([EXPERT_TILE], tl.int32)
+        before = tl.zeros([EXPERT_TILE], tl.int32)  # of which in earlier tiles
+        for start in range(0, num_pairs, SCAN_TILE):
+            scanned = start + tl.arange(0, SCAN_TILE)
+            scanned_expert, scanned_is_local = _local_expert(
+                scanned, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
+            )
+            counts = tl.histogram(scanned_expert, EXPERT_TILE, mask=scanned_is_local)
+            totals += counts
+            if start + SCAN_TILE <= tile * TILE:
+                before += counts
+            elif start < tile * TILE:
+                before += tl.histogram(scanned_expert, EXPERT_TILE, mask=scanned_is_local & (scanned < tile * TILE))
+        first_place = tl.cumsum(totals, axis=0) - totals
+        experts = tl.arange(0, EXPERT_TILE)
+        is_expert = expert[:, None] == experts[None, :]
+        place = rank + tl.sum(tl.where(is_expert, (first_place + before)[None, :], 0), axis=1)
+        if tile == 0:
+            num_blocks = (totals + BLOCK_M - 1) // BLOCK_M
+            first_block = tl.cumsum(num_blocks, axis=0) - num_blocks
+            tl.store(num_blocks_ptr, tl.sum(num_blocks, axis=0))
+            for index in range(0, tl.max(num_blocks, axis=0)):
+                block_ptr = blocks_ptr + first_block + index
+                mask = index < num_blocks
+                tl.store(block_ptr, experts, mask=mask)
+                tl.store(block_ptr + max_blocks, first_place + index * BLOCK_M, mask=mask)
+                tl.store(block_ptr + 2 * max_blocks, tl.minimum(totals - index * BLOCK_M, BLOCK_M), mask=mask)
+    tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
+
+
+@triton.jit
+def _local_expert(
+    pair,
+    ids_ptr,
+    ids_stride,
+    ids_slot_stride,
+    num_pairs,
+    first_expert,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+):
+    """The local index of each pair's expert, and whether it is on this rank."""
+    row = pair // TOP_K
+    id_ptr = ids_ptr + row * ids_stride + (pair - row * TOP_K) * ids_slot_stride
+    expert = tl.load(id_ptr, mask=pair < num_pairs, other=-1)
+    is_local = (expert >= first_expert) & (expert < first_expert + NUM_EXPERTS)
+    return tl.where(is_local, expert - first_expert, 0), is_local

@@ -1,0 +1,173 @@
+"""The Triton twins of the NVFP4 experts and linear layer, compiled, agree with the torch twins."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_moe_cases as cases
+from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, quantize_nvfp4_weight
+from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear as TorchLinear
+from nibble.kernels.torch.wire_row import WireRowLayout, unpack
+from nibble.kernels.triton.fused_moe import Nvfp4MoE
+from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
+from nibble.kernels.triton.nvfp4_tiles import Tiling
+from wire_row_cases import poisoned_allocations
+
+pytestmark = pytest.mark.gpu
+
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 528, 400, 3
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    with poisoned_allocations():
+        yield
+
+
+@pytest.fixture(scope="module")
+def moe() -> Nvfp4MoE:
+    packed = cases.random_experts(0, EXPERTS, HIDDEN, INTERMEDIATE)
+    return Nvfp4MoE(cases.experts_to(packed, "cuda"), 0, dtype=torch.float32)
+
+
+def batch_of(seed: int, rows: int) -> cases.Batch:
+    """Among the ids are those of this rank, -1 and two of other ranks."""
+    return cases.random_batch(seed, rows, HIDDEN, TOP_K, -1, EXPERTS + 2).to("cuda")
+
+
+def linear_layer(seed: int, rows: int, columns: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    values, scales, scale_2 = quantize_nvfp4_weight(torch.randn(rows, columns, generator=generator))
+    alpha = cases.INPUT_SCALE * scale_2 * (torch.rand(rows, generator=generator) + 0.5)
+    return tuple(tensor.cuda() for tensor in (values, scales, cases.INPUT_SCALE, alpha))
+
+
+def random_x(seed: int, rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()
+
+
+def assert_replays_what_inputs_hold(
+    run: Callable[[], Tensor], inputs: list[Tensor], others: list[list[Tensor]]
+) -> None:
+    """A captured graph of `run` gives the bits of an eager call, for each of `others` copied into `inputs`."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for values in others:
+        for tensor, value in zip(inputs, values, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        assert torch.equal(captured, run())
+
+
+class TestExperts:
+    @pytest.mark.parametrize("rows", [1, 7, 64, 300, 1500])
+    @pytest.mark.parametrize("first_expert", [0, 2])
+    def test_any_number_of_rows_gives_what_torch_gives(self, rows: int, first_expert: int) -> None:
+        packed = cases.random_experts(rows, EXPERTS, HIDDEN, INTERMEDIATE)
+        batch = cases.random_batch(rows, rows, HIDDEN, TOP_K, -1, EXPERTS + 2)
+        cases.assert_like_torch(packed, batch, first_expert, "cuda")
+
+    @pytest.mark.parametrize(
+        ("experts", "hidden", "intermediate", "top_k"),
+        [(1, 16, 16, 1), (3, 128, 128, 2), (130, 48, 16, 8), (2, 7168, 2048, 2), (4, 2048, 768, 4)],
+    )
+    def test_any_shape_gives_what_torch_gives(self, experts: int, hidden: int, intermediate: int, top_k: int) -> None:
+        packed = cases.random_experts(1, experts, hidden, intermediate)
+        batch = cases.random_batch(1, 40, hidden, top_k, 0, experts)
+        cases.assert_like_torch(packed, batch, 0, "cuda")
+
+    @pytest.mark.parametrize("tiling", cases.TILINGS, ids=str)
+    def test_every_tiling_gives_what_torch_gives(self, tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
+        cases.use_tiling(monkeypatch, tiling)
+        packed = cases.random_experts(2, 3, 512, 256)
+        batch = cases.random_batch(2, 500, 512, 2, 0, 4)
+        cases.assert_like_torch(packed, batch, 0, "cuda")
+
+    def test_bf16_results_are_near_those_of_torch(self) -> None:
+        packed, batch = cases.random_experts(3, 4, 512, 256), cases.random_batch(3, 50, 512, 3, 0, 4)
+        out = Nvfp4MoE(cases.experts_to(packed, "cuda"), 0)(*batch.to("cuda").arguments)
+        assert out.dtype == torch.bfloat16
+        cases.assert_close(out, cases.float64_reference(packed, batch, 0))
+
+    def test_rows_of_several_passes_are_the_rows_of_one(self, moe: Nvfp4MoE) -> None:
+        batch = batch_of(4, 4200)
+        out = moe(*batch.arguments)
+        parts = [moe(*(tensor[rows] for tensor in batch.arguments)) for rows in (slice(0, 4096), slice(4096, None))]
+        assert torch.equal(out, torch.cat(parts))
+
+    @pytest.mark.parametrize("rows", [30, 900])
+    def test_the_order_of_rows_and_slots_does_not_matter(self, moe: Nvfp4MoE, rows: int) -> None:
+        batch, order, slots = batch_of(5, rows), torch.randperm(rows), torch.tensor([2, 0, 1])
+        out = moe(*batch.arguments)
+        again = moe(
+            batch.x_fp4[order],
+            batch.x_scale.view(torch.uint8)[order].view(torch.float8_e4m3fn),
+            batch.topk_ids[order][:, slots],
+            batch.topk_weights[order][:, slots],
+        )
+        assert torch.equal(again, out[order])
+
+    @pytest.mark.parametrize("rows", [30, 900])
+    def test_a_nan_poisons_its_own_row_only(self, moe: Nvfp4MoE, rows: int) -> None:
+        batch = batch_of(6, rows)
+        batch.topk_ids[4] = torch.tensor([1, 0, 2])
+        clean = moe(*batch.arguments)
+        batch.x_scale.view(torch.uint8)[4, 2] = 0x7F
+        out = moe(*batch.arguments)
+        assert out[4].isnan().all()
+        others = torch.arange(rows) != 4
+        assert torch.equal(out[others], clean[others])
+
+    def test_the_fields_of_wire_rows_go_in_as_they_are(self, moe: Nvfp4MoE) -> None:
+        batch, layout = batch_of(7, 90), WireRowLayout(HIDDEN, TOP_K)
+        fields = unpack(torch.zeros(90, layout.row_bytes, dtype=torch.uint8, device="cuda"), layout)
+        views = cases.Batch(fields.x_fp4, fields.x_scale, fields.topk_ids, fields.topk_weights)
+        for view, tensor in zip(views.arguments, batch.arguments, strict=True):
+            view.copy_(tensor)
+        assert torch.equal(moe(*views.arguments), moe(*batch.arguments))
+
+    @pytest.mark.parametrize("rows", [5, 200])
+    def test_a_captured_graph_computes_what_its_inputs_hold_when_it_is_replayed(self, moe: Nvfp4MoE, rows: int) -> None:
+        inputs = list(batch_of(8, rows).arguments)
+        others = [list(batch_of(seed, rows).arguments) for seed in (9, 10)]
+        everybody_takes_one_expert = [*others[0][:2], torch.full_like(inputs[2], 3), others[0][3]]
+        nobody_is_here = [*others[0][:2], torch.full_like(inputs[2], -1), others[0][3]]
+        others += [everybody_takes_one_expert, nobody_is_here]
+        assert_replays_what_inputs_hold(lambda: moe(*inputs), inputs, others)
+
+    def test_nothing_waits_for_the_device(self, moe: Nvfp4MoE) -> None:
+        batch = batch_of(11, 40)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            moe(*batch.arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_zero_rows_keep_the_width(self, moe: Nvfp4MoE) -> None:
+        assert moe(*(tensor[:0] for tensor in batch_of(12, 1).arguments)).shape == (0, HIDDEN)
+
+
+class TestLinear:
+    @pytest.mark.parametrize(("rows", "columns"), [(40, 16), (1000, 528), (2112, 7168), (7168, 2048)])
+    def test_any_number_of_rows_gives_what_torch_gives(self, rows: int, columns: int) -> None:
+        weights = linear_layer(0, rows, columns)
+        linear, reference = Nvfp4Linear(*weights, dtype=torch.float32), TorchLinear(*weights)
+        for x_rows in (1, 3, 30, 64, 100, 1000):
+            x = random_x(x_rows, x_rows, columns)
+            torch.testing.assert_close(linear(x), reference(x), rtol=1e-4, atol=1e-4 * columns**0.5)
+
+    def test_every_code_with_every_scale_is_unpacked_exactly(self) -> None:
+        values = torch.arange(256).to(torch.uint8).repeat(127, 1)  # [127, 256], a row for every finite scale
+        scales = torch.arange(127).to(torch.uint8)[:, None].repeat(1, 32).view(torch.float8_e4m3fn)
+        one = torch.ones(127, device="cuda")
+        linear = Nvfp4Linear(values.cuda(), scales.cuda(), one[0], one, dtype=torch.float32)
+        out = linear(torch.eye(512, device="cuda") * 6)  # quantized to themselves
+        assert torch.equal(out.t().cpu(), dequantize_nvfp4(values, scales) * 6)
+
+    def test_a_captured_graph_computes_what_its_inputs_hold_when_it_is_replayed(self) -> None:
+        linear, x = Nvfp4Linear(*linear_layer(1, 300, 512)), random_x(1, 20, 512)
+        assert_replays_what_inputs_hold(lambda: linear(x), [x], [[random_x(seed, 20, 512)] for seed in (2, 3)])
