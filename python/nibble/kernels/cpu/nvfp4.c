@@ -17,7 +17,8 @@
 #define TILE_BLOCK_BYTES 128
 
 float e4m3_values[256];
-static uint16_t doubled_codes[256]; /* the two e2m1 values of a byte, doubled */
+static uint16_t doubled_codes[256]; /* the two e2m1 values of a byte, doubled, */
+static int8_t sums_of_codes[256];   /* and their sum */
 
 /* To be called once, before any other function. */
 void initialize(void) {
@@ -34,6 +35,7 @@ void initialize(void) {
             pair[i] = nibble & 8 ? -doubled[nibble & 7] : doubled[nibble];
         }
         memcpy(&doubled_codes[code], pair, sizeof pair);
+        sums_of_codes[code] = pair[0] + pair[1];
     }
 }
 
@@ -67,9 +69,15 @@ void quantize_rows(const float *x, int64_t rows, int64_t columns, float input_sc
 static void decode_rows(const uint8_t *x, int64_t x_stride, const uint8_t *x_scales, int64_t scale_stride, int64_t rows,
                  int64_t columns, int8_t *codes, Factor *factors) {
     for (int64_t row = 0; row < rows; row++, codes += columns, factors += columns / BLOCK) {
-        for (int64_t i = 0; i < columns / 2; i++) memcpy(codes + 2 * i, &doubled_codes[x[row * x_stride + i]], 2);
-        for (int64_t i = 0; i < columns / BLOCK; i++)
-            factors[i] = factor_of(x_scales[row * scale_stride + i], codes + i * BLOCK);
+        const uint8_t *pairs = x + row * x_stride, *row_scales = x_scales + row * scale_stride;
+        for (int64_t block = 0; block < columns / BLOCK; block++, pairs += BLOCK / 2) {
+            int32_t total = 0;
+            for (int i = 0; i < BLOCK / 2; i++) {
+                memcpy(codes + block * BLOCK + 2 * i, &doubled_codes[pairs[i]], 2);
+                total += sums_of_codes[pairs[i]];
+            }
+            factors[block] = factor_of(row_scales[block], total);
+        }
     }
 }
 

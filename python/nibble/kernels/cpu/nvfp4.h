@@ -45,10 +45,8 @@ typedef struct {
     int32_t start; /* of the sum of products: what the codes times WEIGHT_ZERO would add, negative */
 } Factor;
 
-INLINE Factor factor_of(uint8_t scale, const int8_t *codes) {
-    int32_t sum = 0;
-    for (int i = 0; i < BLOCK; i++) sum += codes[i];
-    return (Factor){e4m3_values[scale], -WEIGHT_ZERO * sum};
+INLINE Factor factor_of(uint8_t scale, int32_t sum_of_codes) {
+    return (Factor){e4m3_values[scale], -WEIGHT_ZERO * sum_of_codes};
 }
 
 INLINE void quantize_to_codes(floats x, float input_scale, int8_t *codes, Factor *factor) {
@@ -57,7 +55,7 @@ INLINE void quantize_to_codes(floats x, float input_scale, int8_t *codes, Factor
     doubled = choose(x < 0, -doubled, doubled);
     lane_bytes narrow = __builtin_convertvector(__builtin_convertvector(doubled, ints), lane_bytes);
     memcpy(codes, &narrow, sizeof narrow);
-    *factor = factor_of(block.scale, codes);
+    *factor = factor_of(block.scale, (int32_t)sum(doubled));
 }
 
 #endif
