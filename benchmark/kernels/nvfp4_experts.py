@@ -24,7 +24,8 @@ from torch import Tensor
 from wire_row import measure_copy_bandwidth, median_seconds, time_calls
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
-from nibble.kernels.triton.fused_moe import Nvfp4MoE, _combine_kernel, _load_block, _prepare_kernel
+from nibble.kernels.triton.fused_moe import Nvfp4MoE, _combine_kernel, _prepare_kernel
+from nibble.kernels.triton.moe_routing import choose_assign_tiles, load_block
 from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
 
 LINEAR_SHAPES = [(2112, 7168), (7168, 16384), (5120, 2048)]  # out, in
@@ -217,14 +218,16 @@ class Bf16Experts:
         sorted_pairs = topk_ids.new_empty(pairs)
         hidden, results = x.new_empty(pairs, model.intermediate), x.new_empty(pairs, model.hidden)
         out = torch.empty_like(x)
-        _prepare_kernel[(triton.cdiv(pairs, 128),)](
+        assign_tile, scan_tile = choose_assign_tiles(pairs)
+        assign_programs = triton.cdiv(pairs, assign_tile)
+        _prepare_kernel[(assign_programs,)](
             x, x, topk_ids, sorted_pairs, blocks, num_blocks, x, 0, 0, *topk_ids.stride(), rows, 0, max_blocks,
-            triton.cdiv(pairs, 128), model.hidden, model.hidden, top_k, model.local_experts, model.local_experts,
-            block_m, 128, 128 if pairs <= 128 else 1024, 512,
+            assign_programs, model.hidden, model.hidden, top_k, model.local_experts, model.local_experts,
+            block_m, assign_tile, scan_tile, 1024, num_warps=8,
         )  # fmt: skip
         shared = dict(TOP_K=top_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
         shared |= dict(num_warps=num_warps, num_stages=num_stages)
-        programs = torch.cuda.get_device_properties(0).multi_processor_count * (1 if num_warps == 8 else 3)
+        programs = torch.cuda.get_device_properties(0).multi_processor_count * (1 if num_warps == 8 else 2)
         for source, weights, target, factors in ((x, self.w13, hidden, None), (hidden, self.w2, results, topk_weights)):
             _bf16_kernel[(programs,)](
                 weights, source, factors, sorted_pairs, blocks, num_blocks, target, max_blocks,
@@ -260,7 +263,9 @@ def _bf16_kernel(
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         block, row_tile = tile // ROW_TILES, tile % ROW_TILES
-        expert, pair, mask = _load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks, BLOCK_M)
+        expert, pairs_ptr, num_pairs = load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks)
+        mask = tl.arange(0, BLOCK_M) < num_pairs
+        pair = tl.load(pairs_ptr + tl.arange(0, BLOCK_M), mask=mask, other=0)
         row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         column = tl.arange(0, BLOCK_K)[None, :]
         w_ptrs = w_ptr + expert * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column

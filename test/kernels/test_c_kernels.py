@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nibble.kernels.cpu import norm as c_norm
 from nibble.kernels.cpu import nvfp4 as c_nvfp4
-from nibble.kernels.cpu.library import address, c_kernels
+from nibble.kernels.cpu.library import c_kernels
 from nibble.kernels.cpu.linear import linear as c_linear
 from nibble.kernels.cpu.sampling import argmax as c_argmax
 from nibble.kernels.cpu.topk import topk_softmax as c_topk_softmax
@@ -26,7 +26,7 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 48, 6, 3
 
 def c_fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
     codes, factors = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), x.shape[1] // 16, 2)
-    c_kernels().quantize_rows(address(x), *x.shape, scale, address(codes), address(factors))
+    c_kernels().quantize_rows(x.data_ptr(), *x.shape, scale, codes.data_ptr(), factors.data_ptr())
     values = codes.float().abs() / 2
     return torch.where(x.signbit(), -values, values) * factors[..., 0].repeat_interleave(16, 1)
 

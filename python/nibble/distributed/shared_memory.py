@@ -137,19 +137,17 @@ class SharedMemoryCommunicator(Communicator):
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         # Half a segment holds one slot per rank: what the segment's owner adds to the rows of that rank.
         slot_bytes, itemsize = self._slot_bytes, x.itemsize
-        width, source = x.nbytes // len(x), x.data_ptr()
-        starts = [start * width for start in accumulate(sizes, initial=0)]
-        own_rows = x.view(-1)[starts[self.rank] // itemsize :]
+        plan = _plan_scatter(sizes, x.nbytes // len(x), SUMMABLE_DTYPES.index(x.dtype))
+        source, own_rows = x.data_ptr(), x.view(-1)[plan.starts[self.rank] // itemsize :]
         output = x.new_empty((sizes[self.rank], *x.shape[1:]))
         flat_output = output.view(-1)
-        signature = hash((sizes, width, SUMMABLE_DTYPES.index(x.dtype)))
-        for begin in range(0, max(sizes) * width, slot_bytes):
+        for begin in range(0, plan.most, slot_bytes):
             own, half = self._next_half()
             for peer in self._links:
-                count = min(slot_bytes, sizes[peer] * width - begin)
+                count = min(slot_bytes, plan.num_bytes[peer] - begin)
                 if count > 0:
-                    ctypes.memmove(own + peer * slot_bytes, source + starts[peer] + begin, count)
-            self._announce(signature)
+                    ctypes.memmove(own + peer * slot_bytes, source + plan.starts[peer] + begin, count)
+            self._announce(plan.signature)
             self._wait()
             first, last = begin // itemsize, min(begin + slot_bytes, output.nbytes) // itemsize
             if first < last:
@@ -269,6 +267,24 @@ def _plan_gather(sizes: tuple[int, ...], widths: tuple[int, ...], half_bytes: in
                 rounds[round_number][rank].append(_Copy(tensor, done, start * width + done, at, count))
                 done, position = done + count, position + count
     return _GatherPlan(rounds, hash((sizes, widths)))
+
+
+@dataclass(frozen=True)
+class _ScatterPlan:
+    """Where each rank's rows lie in the tensor to be summed, in bytes."""
+
+    starts: list[int]
+    num_bytes: list[int]
+    most: int
+    signature: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_scatter(sizes: tuple[int, ...], width: int, dtype: int) -> _ScatterPlan:
+    """`width` is the bytes of a row, `dtype` what else the ranks must agree on."""
+    num_bytes = [size * width for size in sizes]
+    starts = list(accumulate(num_bytes, initial=0))[:-1]
+    return _ScatterPlan(starts, num_bytes, max(num_bytes), hash((sizes, width, dtype)))
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -1,4 +1,6 @@
-"""The C library as Python functions on raw addresses; the sources say what each takes."""
+"""The C library as Python functions on raw addresses, of tensors that outlive the call; the sources say what each
+takes.
+"""
 
 import ctypes
 import functools
@@ -41,8 +43,3 @@ def c_kernels() -> ctypes.CDLL:
 def as_fp32(x: Tensor) -> Tensor:
     """`x` as the kernels take it, itself if it is so already."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
-
-
-def address(tensor: Tensor) -> int:
-    """Of the first element; the tensor must outlive the call."""
-    return tensor.data_ptr()

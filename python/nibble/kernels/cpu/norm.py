@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nibble.kernels.cpu.library import address, c_kernels
+from nibble.kernels.cpu.library import c_kernels
 from nibble.kernels.torch import norm
 
 
@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, columns = x.shape
     out = torch.empty(rows, columns)
     if rows:
-        c_kernels().rms_norm(address(x), rows, x.stride(0), columns, address(weight), eps, address(out))
+        c_kernels().rms_norm(x.data_ptr(), rows, x.stride(0), columns, weight.data_ptr(), eps, out.data_ptr())
     return out
 
 
@@ -27,7 +27,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     out, total = torch.empty(rows, columns), torch.empty(rows, columns)
     if rows:
         c_kernels().add_rms_norm(
-            address(x), address(residual), rows, columns, address(weight), eps, address(out), address(total)
+            x.data_ptr(), residual.data_ptr(), rows, columns, weight.data_ptr(), eps, out.data_ptr(), total.data_ptr()
         )
     return out, total
 
@@ -42,7 +42,8 @@ def qk_norm_rope(
         return norm.qk_norm_rope(q, k, q_weight, k_weight, eps, positions, cos, sin)
     q_out, k_out = torch.empty(rows, heads, size), torch.empty(rows, kv_heads, size)
     c_kernels().qk_norm_rope(
-        address(q), address(k), rows, strides[0], heads, kv_heads, size, address(q_weight), address(k_weight), eps,
-        address(positions), address(cos), address(sin), address(q_out), address(k_out),
+        q.data_ptr(), k.data_ptr(), rows, strides[0], heads, kv_heads, size,
+        q_weight.data_ptr(), k_weight.data_ptr(), eps,
+        positions.data_ptr(), cos.data_ptr(), sin.data_ptr(), q_out.data_ptr(), k_out.data_ptr(),
     )  # fmt: skip
     return q_out, k_out

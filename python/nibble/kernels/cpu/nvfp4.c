@@ -13,7 +13,7 @@
 
 #include "nvfp4.h"
 
-#define MAX_ROWS 8 /* that read a tile at once; their sums stay in registers */
+#define MAX_ROWS 16 /* that read a tile at once; their sums stay in registers */
 #define TILE_BLOCK_BYTES 128
 
 float e4m3_values[256];
@@ -152,8 +152,13 @@ static int multiply_some(Matrix tile, Rows x, int64_t rows, floats *sums) {
     case 5: multiply_tile(tile, x, 5, sums); return 5;
     case 6: multiply_tile(tile, x, 6, sums); return 6;
     case 7: multiply_tile(tile, x, 7, sums); return 7;
-    default: multiply_tile(tile, x, MAX_ROWS, sums); return MAX_ROWS;
     }
+    if (rows < MAX_ROWS) {
+        multiply_tile(tile, x, 8, sums);
+        return 8;
+    }
+    multiply_tile(tile, x, MAX_ROWS, sums);
+    return MAX_ROWS;
 }
 
 /* out [T, N] = quantize(x [T, K]) . w [N, K]^T * alpha [N]. */

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nibble.kernels.cpu.library import address, as_fp32, c_kernels
+from nibble.kernels.cpu.library import as_fp32, c_kernels
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.torch.wire_row import WireRowLayout
 
@@ -44,9 +44,9 @@ def quantize_pack(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, input_scale
     if rows == 0:
         return out
     c_kernels().quantize_pack(
-        address(x), address(topk_ids), address(topk_weights), rows, layout.hidden_size, layout.top_k,
+        x.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), rows, layout.hidden_size, layout.top_k,
         float(input_scale), layout.scale_offset, layout.ids_offset, layout.weights_offset, layout.row_bytes,
-        address(out),
+        out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -58,14 +58,14 @@ class Nvfp4Linear:
         """`values` uint8 [N, K/2] and `scales` e4m3 [N, K/16] as in the checkpoint."""
         self.weight = TiledWeight.from_checkpoint(values[None], scales[None])
         self.alpha, self.outputs = alpha.contiguous(), len(alpha)
-        self._weight = float(input_scale), *map(address, (self.weight.codes, self.weight.scales, self.alpha))
+        self._weight = float(input_scale), *(x.data_ptr() for x in (self.weight.codes, self.weight.scales, self.alpha))
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, columns = x.shape
         x = as_fp32(x)
         out = torch.empty(rows, self.outputs)
         if rows:
-            c_kernels().linear_nvfp4(address(x), rows, columns, *self._weight, self.outputs, address(out))
+            c_kernels().linear_nvfp4(x.data_ptr(), rows, columns, *self._weight, self.outputs, out.data_ptr())
         return out
 
 
@@ -78,14 +78,14 @@ class Nvfp4MoE:
         self.scales = [scale.contiguous() for scale in (packed.g1_gate_up, packed.w2_input_scale, packed.g2)]
         self.hidden, self.width = packed.w2.shape[1], 2 * packed.w2.shape[2]
         weights = (self.w13.codes, self.w13.scales, self.w2.codes, self.w2.scales, *self.scales)
-        self._experts = first_expert, len(packed.w2), *map(address, weights)
+        self._experts = first_expert, len(packed.w2), *(x.data_ptr() for x in weights)
 
     def __call__(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         rows, top_k = topk_ids.shape
         out = torch.empty(rows, self.hidden)
         c_kernels().fused_moe_nvfp4(
-            address(x_fp4), x_fp4.stride(0), address(x_scale), x_scale.stride(0),
-            address(topk_ids), topk_ids.stride(0), address(topk_weights), topk_weights.stride(0),
-            rows, self.hidden, self.width, top_k, *self._experts, address(out),
+            x_fp4.data_ptr(), x_fp4.stride(0), x_scale.data_ptr(), x_scale.stride(0),
+            topk_ids.data_ptr(), topk_ids.stride(0), topk_weights.data_ptr(), topk_weights.stride(0),
+            rows, self.hidden, self.width, top_k, *self._experts, out.data_ptr(),
         )  # fmt: skip
         return out

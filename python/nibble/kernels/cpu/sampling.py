@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from nibble.kernels.cpu.library import address, as_fp32, c_kernels
+from nibble.kernels.cpu.library import as_fp32, c_kernels
 
 
 def argmax(logits: Tensor) -> Tensor:
     """`kernels.torch.sampling.argmax`; of equal tokens the first."""
     logits = as_fp32(logits)
     out = torch.empty(len(logits), dtype=torch.int64)
-    c_kernels().argmax(address(logits), *logits.shape, address(out))
+    c_kernels().argmax(logits.data_ptr(), *logits.shape, out.data_ptr())
     return out

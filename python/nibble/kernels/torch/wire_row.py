@@ -5,8 +5,7 @@ A row holds, in this order, `x` as e2m1 pairs (H/2 bytes), its e4m3 block scales
 multiple of 4, the row ends at a multiple of 16, and every byte of padding is zero.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +21,10 @@ class WireRowLayout:
 
     hidden_size: int
     top_k: int
+    scale_offset: int = field(init=False)
+    ids_offset: int = field(init=False)
+    weights_offset: int = field(init=False)
+    row_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.hidden_size < BLOCK_SIZE or self.hidden_size % BLOCK_SIZE:
@@ -31,22 +34,18 @@ class WireRowLayout:
             )
         if self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-
-    @cached_property
-    def scale_offset(self) -> int:
-        return self.hidden_size // 2
-
-    @cached_property
-    def ids_offset(self) -> int:
-        return _align(self.scale_offset + self.hidden_size // BLOCK_SIZE, 4)
-
-    @cached_property
-    def weights_offset(self) -> int:
-        return self.ids_offset + 4 * self.top_k
-
-    @cached_property
-    def row_bytes(self) -> int:
-        return _align(self.weights_offset + 4 * self.top_k, _ROW_ALIGNMENT)
+        scale_offset = self.hidden_size // 2
+        ids_offset = _align(scale_offset + self.hidden_size // BLOCK_SIZE, 4)
+        weights_offset = ids_offset + 4 * self.top_k
+        row_bytes = _align(weights_offset + 4 * self.top_k, _ROW_ALIGNMENT)
+        # Computed once: every layer of every step asks for them.
+        for name, value in (
+            ("scale_offset", scale_offset),
+            ("ids_offset", ids_offset),
+            ("weights_offset", weights_offset),
+            ("row_bytes", row_bytes),
+        ):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -366,7 +366,7 @@ def _gate_up_tile(
     gate *= tl.load(alpha_ptr + expert * 2)
     up *= tl.load(alpha_ptr + expert * 2 + 1)
     hidden = gate / (1.0 + tl.exp(-gate)) * up
-    hidden = fake_quantize(hidden.reshape(HIDDEN_BLOCKS, 16, BLOCK_M), tl.load(hidden_scale_ptr + expert))
+    hidden = fake_quantize(hidden.reshape(HIDDEN_BLOCKS, 16, BLOCK_M), tl.load(hidden_scale_ptr + expert), DIVIDE=False)
 
     # In a block of 16, value 8 b0 + 4 p + j; blocks t = 0 to 3 of a chunk with b1 = 0, then those with b1 = 1.
     hidden = hidden.reshape(HIDDEN_BLOCKS, 2, 2, 4, BLOCK_M).permute(4, 3, 1, 0, 2)  # pair, j, b0, t, p

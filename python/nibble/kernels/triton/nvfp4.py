@@ -44,7 +44,12 @@ def block_scale(amax, input_scale):
 
     Where `amax` is NaN the byte is `E4M3_NAN` and the fp32 value has no meaning.
     """
-    ratio = tl.div_rn(amax, input_scale * E2M1_MAX)
+    return round_scale(tl.div_rn(amax, input_scale * E2M1_MAX))
+
+
+@triton.jit
+def round_scale(ratio):
+    """`ratio`, which is not negative, rounded to e4m3, as `block_scale` returns it."""
     wanted = tl.minimum(ratio, E4M3_MAX)
     # With e the exponent of `wanted`, at least -6, e4m3 is spaced by 2^(e-3) around it. So is fp32 around 2^(e+20).
     rounder = tl.maximum((float_bits(wanted) & _EXPONENT).to(tl.float32, bitcast=True), _E4M3_MIN_NORMAL) * 2.0**20

@@ -128,7 +128,7 @@ def _quantize_kernel(
     x = tl.load(
         x_ptr + row * x_stride + column * x_column_stride, mask=(row < num_rows) & (column < COLUMNS), other=0.0
     )
-    x = fake_quantize(x.to(tl.float32).reshape(CHUNKS * 8, 16, 1), tl.load(input_scale_ptr))
+    x = fake_quantize(x.to(tl.float32).reshape(CHUNKS * 8, 16, 1), tl.load(input_scale_ptr), DIVIDE=True)
     x = x.reshape(CHUNKS, 4, 4, 2, 4).permute(0, 4, 2, 1, 3).reshape(CHUNKS, 128)  # t, b, p, j to j, b, t, p
     tl.store(quantized_ptr + row * PADDED_COLUMNS + first_column + place, x, mask=row < num_rows)
 

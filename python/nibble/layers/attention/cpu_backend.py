@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nibble.kernels.cpu.library import address, c_kernels
+from nibble.kernels.cpu.library import c_kernels
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.layers.attention.torch_backend import SequenceGroup, TorchAttentionBackend, TorchAttentionStep
 
@@ -42,8 +42,8 @@ class CpuAttentionStep(TorchAttentionStep):
         if k.dtype != torch.float32 or k.stride()[1:] != (size, 1) or v.stride()[1:] != (size, 1):
             return super().store(layer, k, v)
         c_kernels().store_kv(
-            address(k), k.stride(0), address(v), v.stride(0), len(k), heads * size, address(self.slots),
-            address(keys), address(values), keys.itemsize,
+            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), len(k), heads * size, self.slots.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), keys.itemsize,
         )  # fmt: skip
 
     def attend(self, layer: int, group: SequenceGroup, q: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class CpuAttentionStep(TorchAttentionStep):
         rows = q[group.first_row : group.first_row + batch].contiguous()
         out = torch.empty(batch, heads * size)
         c_kernels().decode_attention(
-            address(rows), address(keys), address(values), address(group.pages), pages, address(group.seq_lens),
-            batch, heads, kv_heads, size, page_size, keys.itemsize, address(out),
+            rows.data_ptr(), keys.data_ptr(), values.data_ptr(), group.pages.data_ptr(), pages, group.seq_lens.data_ptr(),
+            batch, heads, kv_heads, size, page_size, keys.itemsize, out.data_ptr(),
         )  # fmt: skip
         return out
