@@ -55,7 +55,8 @@ class CpuAttentionStep(TorchAttentionStep):
         rows = q[group.first_row : group.first_row + batch].contiguous()
         out = torch.empty(batch, heads * size)
         c_kernels().decode_attention(
-            rows.data_ptr(), keys.data_ptr(), values.data_ptr(), group.pages.data_ptr(), pages, group.seq_lens.data_ptr(),
+            rows.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            group.pages.data_ptr(), pages, group.seq_lens.data_ptr(),
             batch, heads, kv_heads, size, page_size, keys.itemsize, out.data_ptr(),
         )  # fmt: skip
         return out
