@@ -35,6 +35,17 @@ def test_ctrl_c_ends_the_server_cleanly_with_nothing_left_behind(tmp_path):
     assert shared_files() <= before
 
 
+def test_ranks_keep_to_cores_of_their_own_unless_told_otherwise(tmp_path):
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    with launch(tmp_path / "log", *TWO_RANKS) as server:
+        first, second = (set(rank.cpu_affinity()) for rank in server.rank_processes())
+        assert first and second and not first & second and first | second <= cores
+    with launch(tmp_path / "log", *TWO_RANKS, "--cpu-binding", "off") as server:
+        assert all(set(rank.cpu_affinity()) == cores for rank in server.rank_processes())
+
+
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path):
     body = {**LONG, "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
     with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "100") as server:

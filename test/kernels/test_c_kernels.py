@@ -1,5 +1,7 @@
 """The C kernels compute what the torch kernels compute: the quantizer bit for bit, the rest to fp32 rounding."""
 
+import platform
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,6 +214,36 @@ def test_equal_experts_come_in_order_and_a_row_with_nan_stays_in_range_and_nan()
     assert ids.tolist() == [[0, 1, 2, 3]] * 3
     assert weights[[0, 2]].tolist() == [[0.25] * 4] * 2
     assert weights[1].isnan().all()
+
+
+@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], []], ids=["AVX2", "none"])
+def test_processors_without_vector_extensions_compute_the_same(flags, monkeypatch, tmp_path):
+    """The integer product is written out for AVX-512 and AVX2; everything else is left to the compiler."""
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of x86-64")
+    packed, x = packed_experts(), torch.randn(7, HIDDEN)
+    values, scales, _ = quantize_nvfp4_weight(torch.randn(40, HIDDEN))
+    _, ids, weights = routed(7, seed=0)
+    moe = c_nvfp4.Nvfp4MoE(packed, 0)
+    linear = c_nvfp4.Nvfp4Linear(values, scales, torch.tensor(2e-3), torch.rand(40))
+    fields = quantize_nvfp4(x, torch.tensor(2e-3))
+
+    def results() -> list[torch.Tensor]:
+        return [linear(x), moe(*fields, ids, weights), c_nvfp4.quantize_pack(x, ids, weights, torch.tensor(2e-3))]
+
+    expected = results()
+    monkeypatch.setattr(c_library, "_FLAGS", [flag for flag in c_library._FLAGS if flag != "-march=native"] + flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build_c_library.cache_clear()
+    c_kernels.cache_clear()
+    try:
+        for ours, native in zip(results(), expected, strict=True):
+            torch.testing.assert_close(ours, native, rtol=1e-4, atol=1e-4 * float(native.float().abs().max()))
+        assert list((tmp_path / "nibble").iterdir())
+    finally:
+        monkeypatch.undo()
+        build_c_library.cache_clear()
+        c_kernels.cache_clear()
 
 
 def test_a_source_is_compiled_once_and_an_error_shows_what_the_compiler_said(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fused_moe_cases as cases
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, quantize_nvfp4_weight
 from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear as TorchLinear
-from nibble.kernels.triton import nvfp4_linear
+from nibble.kernels.triton import nvfp4_linear, nvfp4_tiles
 from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
 from nibble.kernels.triton.nvfp4_tiles import Tiling
 from wire_row_cases import poisoned_allocations
@@ -105,3 +105,16 @@ def test_zero_rows_launch_nothing_and_keep_the_width(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(nvfp4_linear, kernel, None)
     out = linear(torch.empty(0, 64, dtype=torch.bfloat16))
     assert (out.shape, out.dtype) == ((0, 40), torch.bfloat16)
+
+
+def test_a_tiling_takes_as_many_stages_as_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiling, device = Tiling(128, 128, 128, 128, 8, 4, 1), torch.device("cpu")
+    stage = 128 * 128 * 2 + 128 * 128 // 2 + 128 * 128 // 16  # x in fp16, codes, scales
+    for available, stages in ((4 * stage, 4), (4 * stage - 1, 3), (2 * stage, 2), (9 * stage, 4)):
+        monkeypatch.setattr(nvfp4_tiles, "_shared_memory", lambda device, available=available: available)
+        assert tiling.stages(device) == stages
+
+
+@pytest.mark.parametrize(("columns", "step"), [(256, 256), (384, 128), (1024, 256)])
+def test_a_step_divides_the_padded_columns(columns: int, step: int) -> None:
+    assert Tiling(16, 16, 64, 256, 4, 4, 3).step(columns) == step

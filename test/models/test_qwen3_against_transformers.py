@@ -39,6 +39,32 @@ def test_logits_agree_with_transformers(name, tmp_path):
             )
 
 
+def save_bf16(save, folder):
+    """Saves a BF16 checkpoint; returns transformers' model of it in fp32."""
+    model = save(folder).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("save", [save_qwen3, save_qwen3_moe])
+def test_a_bf16_checkpoint_gives_the_logits_of_its_weights_in_fp32(save, tmp_path):
+    reference = save_bf16(save, tmp_path)
+    runner = single_rank_runner(tmp_path, kv_cache_dtype="float32")
+    with torch.inference_mode():
+        expected = [reference(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
+    for chunk in (10**6, 7, 1):
+        for ours, theirs in zip(all_logits(runner, PROMPTS, chunk), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_cache_of_a_bf16_checkpoint_is_bf16_and_costs_little(tmp_path):
+    save_bf16(save_qwen3, tmp_path)
+    exact, usual = single_rank_runner(tmp_path, kv_cache_dtype="float32"), single_rank_runner(tmp_path)
+    assert (exact.config.kv_cache_dtype, usual.config.kv_cache_dtype) == ("float32", "bfloat16")
+    for theirs, ours in zip(all_logits(exact, PROMPTS), all_logits(usual, PROMPTS), strict=True):
+        assert 0 < float((ours - theirs).norm()) < 0.01 * float(theirs.norm()) or len(ours) == 1
+
+
 def test_config_in_the_spelling_of_older_transformers(tmp_path):
     save_qwen3_moe(tmp_path, rope_parameters={"rope_theta": 555.0})
     new = single_rank_runner(tmp_path)

@@ -14,6 +14,7 @@ from nibble.config.server_args import ServerArgs, parse_server_args
 from nibble.kernels.cpu import library
 from nibble.kernels.select import select_kernels
 from nibble.utils.c_library import CompileError
+from nibble.utils.capability import Capability
 from nibble.utils.errors import ConfigError
 
 MOE = {
@@ -39,6 +40,9 @@ EMBEDDED = {
     "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 16}}},
 }
 DP2 = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True, "enable_flashinfer_cutlass_moe": True}
+
+
+TWO_RANKS = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}
 
 
 @pytest.fixture
@@ -261,3 +265,21 @@ def test_the_end_tokens_of_generation_config_win(checkpoint):
     assert load_model_config(folder).eos_token_ids == (2,)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     assert load_model_config(folder).eos_token_ids == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("cores", "flags", "expected"),
+    [
+        ((0, 1, 4, 5, 7), {}, ((0, 1), (4, 5))),
+        ((3, 5), {}, ((3,), (5,))),
+        ((3,), {}, None),
+        ((0, 1, 2, 3), {"cpu_threads": 1}, None),
+        ((0, 1, 2, 3), {"cpu_binding": "off"}, None),
+        ((0, 1, 2, 3), {"tp_size": 1, "dp_size": 1, "ep_size": 1}, None),
+    ],
+)
+def test_ranks_that_use_all_cores_keep_to_equal_shares_of_them(checkpoint, monkeypatch, cores, flags, expected):
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability(cores, None, False, False))
+    config = resolve(ServerArgs(model_path=str(checkpoint()), **{**TWO_RANKS, **flags}))
+    assert config.rank_cores == expected
+    assert ("cores of its own" if expected else "any core") in " ".join(config.decisions())

@@ -1,6 +1,7 @@
 """Turns flags, checkpoint and machine into one frozen EngineConfig. Every "auto" is decided here."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class EngineConfig:
     """Why auto did not choose what is written in C (kernels, shared memory), if so."""
     cpu_collectives: str
     cpu_threads: int
+    rank_cores: tuple[tuple[int, ...], ...] | None
+    """The cores that each CPU rank keeps to; None leaves that to the system."""
     context_length: int
     num_pages: int
     random_seed: int
@@ -56,7 +59,8 @@ class EngineConfig:
             f"FP4 all-gather is {'on' if gather.enabled else 'off'}: {gather.reason}",
             f"ranks: tp={parallel.tp_size} dp={parallel.dp_size} ep={parallel.ep_size}, "
             f"collectives: {self.cpu_collectives if parallel.world_size > 1 else 'none (one rank)'}",
-            f"device: {self.device} ({self.cpu_threads} threads a rank), activations: {self.dtype}, "
+            f"device: {self.device} ({self.cpu_threads} threads a rank, "
+            f"{'cores of its own' if self.rank_cores else 'any core'}), activations: {self.dtype}, "
             f"kernels: {self.cpu_kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
             f"KV cache: {self.max_total_tokens} tokens a rank in {self.kv_cache_dtype}, "
@@ -72,7 +76,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
     model = load_model_config(folder)
     quantization = _resolve_quantization(args, folder)
     parallel = resolve_parallel(args, model)
-    machine = capability()
+    cores = capability().cpu_cores
     device = _resolve_device(args)
     dtype = "float32" if args.dtype == "auto" else args.dtype
     cpu_kernels, no_c_kernels = _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
@@ -94,7 +98,8 @@ def resolve(args: ServerArgs) -> EngineConfig:
         cpu_kernels=cpu_kernels,
         no_c_kernels=no_c_kernels,
         cpu_collectives=cpu_collectives,
-        cpu_threads=args.cpu_threads or max(1, machine.cpu_cores // parallel.world_size),
+        cpu_threads=args.cpu_threads or max(1, len(cores) // parallel.world_size),
+        rank_cores=_resolve_rank_cores(args, cores, parallel.world_size),
         context_length=context_length,
         num_pages=num_pages,
         random_seed=args.random_seed if args.random_seed is not None else secrets.randbits(62),
@@ -158,6 +163,14 @@ def _resolve_moe_kernel(args: ServerArgs, cpu_kernels: str) -> str:
             "use --moe-kernel torch or auto"
         )
     return args.moe_kernel
+
+
+def _resolve_rank_cores(args: ServerArgs, cores: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...] | None:
+    """Equal shares, where the ranks are meant to use all cores: a rank that moves waits for its cache to follow."""
+    share = len(cores) // ranks
+    if args.cpu_binding == "off" or args.cpu_threads is not None or ranks == 1 or share == 0:
+        return None
+    return tuple(tuple(cores[rank * share : (rank + 1) * share]) for rank in range(ranks))
 
 
 def _resolve_kv_cache_dtype(args: ServerArgs, model: ModelConfig) -> str:

@@ -78,6 +78,12 @@ class ServerArgs:
     cpu_threads: int | None = flag(
         None, "Threads of each CPU rank. Default: the cores divided by the ranks, at least one."
     )
+    cpu_binding: str = flag(
+        "auto",
+        "auto: where --cpu-threads is not given, each of several CPU ranks keeps to its share of the cores; "
+        "off: every rank may run on any core.",
+        choices=("auto", "off"),
+    )
 
     # Memory and batching (per rank)
     page_size: int = flag(16, "Tokens of one KV cache page.")

@@ -6,6 +6,7 @@ engine is gone, and this process with it.
 
 import gc
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -98,6 +99,8 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
 
     on_stage("meeting the other ranks")
     parallel = initialize_parallel(config, rank, run_dir)
+    if config.rank_cores:  # only now: the group has looked at how many cores its ranks have together
+        os.sched_setaffinity(0, config.rank_cores[rank])
     runner = ModelRunner(config, parallel, on_stage)
     limits = SchedulerLimits(
         page_size=config.args.page_size,

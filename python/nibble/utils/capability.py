@@ -13,7 +13,8 @@ import torch
 class Capability:
     """Facts about the machine; `cuda_arch` is (major, minor) of device 0, None without CUDA."""
 
-    cpu_cores: int
+    cpu_cores: tuple[int, ...]
+    """The cores that this process may use, by number."""
     cuda_arch: tuple[int, int] | None
     has_triton: bool
     has_flashinfer: bool
@@ -22,7 +23,7 @@ class Capability:
 @cache
 def capability() -> Capability:
     return Capability(
-        cpu_cores=len(os.sched_getaffinity(0)),
+        cpu_cores=tuple(sorted(os.sched_getaffinity(0))),
         cuda_arch=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
         has_triton=importlib.util.find_spec("triton") is not None,
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None,

@@ -43,13 +43,15 @@ _COMBINE_TILE = 1024  # columns
 
 def choose_tiling(pairs_per_expert: float) -> Tiling:
     """By the mean number of pairs, so that most experts need one block."""
-    if pairs_per_expert <= 6:
+    if pairs_per_expert <= 3:
         return Tiling(16, 16, 64, 128, 4, 6, 4)
-    if pairs_per_expert <= 24:
-        return Tiling(32, 16, 64, 128, 4, 4, 4)
-    if pairs_per_expert <= 80:
-        return Tiling(64, 32, 128, 128, 4, 3, 2)
-    return Tiling(128, 32, 128, 128, 8, 3, 1)
+    if pairs_per_expert <= 12:
+        return Tiling(16, 16, 128, 128, 4, 4, 3)
+    if pairs_per_expert <= 20:
+        return Tiling(32, 32, 64, 128, 4, 4, 4)
+    if pairs_per_expert <= 64:
+        return Tiling(64, 64, 128, 128, 4, 3, 2)
+    return Tiling(128, 32, 64, 128, 4, 3, 2)
 
 
 class Nvfp4MoE:
@@ -153,7 +155,7 @@ class Nvfp4MoE:
             BLOCK_N=tiling.block_n,
             BLOCK_K=tiling.step(self.w13.columns),
             num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+            num_stages=tiling.stages(x.device),
             enable_fp_fusion=False,
         )
         _down_kernel[(min(max_programs, max_blocks * self.w2.rows // tiling.block_n),)](
@@ -178,7 +180,7 @@ class Nvfp4MoE:
             BLOCK_N=tiling.block_n,
             BLOCK_K=tiling.step(self.w2.columns),
             num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+            num_stages=tiling.stages(x.device),
         )
         _combine_kernel[(rows, triton.cdiv(self.hidden_size, _COMBINE_TILE))](
             results,

@@ -16,7 +16,8 @@ _TILE = 128
 def choose_assign_tiles(num_pairs: int) -> tuple[int, int]:
     """How many pairs a program of `assign` places, and how many it counts at once."""
     if num_pairs <= _TILE:
-        return (32, 32) if num_pairs <= 32 else (_TILE, _TILE)
+        tile = max(32, triton.next_power_of_2(num_pairs))
+        return tile, tile
     return (_TILE, 1024) if num_pairs <= 4096 else (_TILE, 4096)
 
 
@@ -52,15 +53,16 @@ def assign(
     expert, is_local = _local_expert(
         pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
     )
-    same = (expert[:, None] == expert[None, :]) & is_local[None, :]
-    rank = tl.sum((same & (pair[None, :] < pair[:, None])).to(tl.int32), axis=1)  # among the tile's of its expert
+    # [other pair, pair of the result]: then little of a sum crosses threads.
+    same = (expert[:, None] == expert[None, :]) & is_local[:, None]
+    rank = tl.sum((same & (pair[:, None] < pair[None, :])).to(tl.int32), axis=0)  # among the tile's of its expert
     if SCAN_TILE == TILE:
         key = tl.where(is_local, expert, NUM_EXPERTS) * TILE + pair
-        is_before = key[None, :] < key[:, None]
-        place = tl.sum(is_before.to(tl.int32), axis=1)
+        is_before = key[:, None] < key[None, :]
+        place = tl.sum(is_before.to(tl.int32), axis=0)
         is_first = is_local & (rank % BLOCK_M == 0)
-        block_ptr = blocks_ptr + tl.sum((is_before & is_first[None, :]).to(tl.int32), axis=1)
-        count = tl.sum(same.to(tl.int32), axis=1)
+        block_ptr = blocks_ptr + tl.sum((is_before & is_first[:, None]).to(tl.int32), axis=0)
+        count = tl.sum(same.to(tl.int32), axis=0)
         tl.store(block_ptr, expert, mask=is_first)
         tl.store(block_ptr + max_blocks, place, mask=is_first)
         tl.store(block_ptr + 2 * max_blocks, tl.minimum(count - rank, BLOCK_M), mask=is_first)
@@ -82,8 +84,8 @@ def assign(
                 before += tl.histogram(scanned_expert, EXPERT_TILE, mask=scanned_is_local & (scanned < tile * TILE))
         first_place = tl.cumsum(totals, axis=0) - totals
         experts = tl.arange(0, EXPERT_TILE)
-        is_expert = expert[:, None] == experts[None, :]
-        place = rank + tl.sum(tl.where(is_expert, (first_place + before)[None, :], 0), axis=1)
+        is_expert = experts[:, None] == expert[None, :]
+        place = rank + tl.sum(tl.where(is_expert, (first_place + before)[:, None], 0), axis=0)
         if tile == 0:
             num_blocks = (totals + BLOCK_M - 1) // BLOCK_M
             first_block = tl.cumsum(num_blocks, axis=0) - num_blocks

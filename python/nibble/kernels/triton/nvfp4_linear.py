@@ -24,12 +24,12 @@ _MAX_SPLITS = 8
 
 def choose_tiling(rows: int) -> Tiling:
     if rows <= 16:
-        return Tiling(16, 16, 64, 256, 4, 4, 3)
+        return Tiling(16, 16, 64, 128, 4, 6, 4)
     if rows <= 32:
-        return Tiling(32, 32, 64, 128, 4, 4, 3)
-    if rows <= 64:
+        return Tiling(32, 32, 64, 128, 4, 4, 4)
+    if rows <= 128:
         return Tiling(64, 64, 128, 128, 4, 3, 2)
-    return Tiling(128, 128, 128, 128, 8, 3, 1)
+    return Tiling(128, 128, 128, 128, 8, 4, 1)
 
 
 class Nvfp4Linear:
@@ -97,7 +97,7 @@ class Nvfp4Linear:
             BLOCK_N=tiling.block_n,
             BLOCK_K=block_k,
             num_warps=tiling.num_warps,
-            num_stages=tiling.num_stages,
+            num_stages=tiling.stages(x.device),
         )
         if splits > 1:
             _sum_kernel[(rows, triton.cdiv(self.out_features, _SUM_TILE))](

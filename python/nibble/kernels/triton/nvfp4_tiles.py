@@ -18,6 +18,7 @@ Weights are rearranged once, at load, so that unpacking takes few instructions a
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,11 @@ class Tiling:
         """The columns of a step, for a padded width of `columns`."""
         return self.block_k if columns % self.block_k == 0 else CHUNK_COLUMNS
 
+    def stages(self, device: torch.device) -> int:
+        """As many of `num_stages` as fit into the shared memory of a multiprocessor."""
+        stage_bytes = self.block_k * (2 * self.block_m + self.block_n * 9 // 16)
+        return min(self.num_stages, _shared_memory(device) // stage_bytes)
+
 
 def pack_tiles(values: Tensor, scales: Tensor) -> NvFp4Tiles:
     """Rearranges `values` uint8 [N, K/2] and `scales` e4m3 [N, K/16] (not negative), as in a checkpoint."""
@@ -91,7 +97,17 @@ def padded_columns(columns: int) -> int:
 
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU, or 1 where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return _device_property(device, "multiprocessor_count") if device.type == "cuda" else 1
+
+
+def _shared_memory(device: torch.device) -> int:
+    """The bytes that a program may use; where kernels are interpreted, enough."""
+    return _device_property(device, "max_shared_mem") if device.type == "cuda" else 2**20
+
+
+@functools.cache
+def _device_property(device: torch.device, name: str) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)[name]
 
 
 def _to_chunks(elements: Tensor, codes: int) -> Tensor:
