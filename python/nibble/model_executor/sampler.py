@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +30,7 @@ class SamplingRow:
         return len(self.token_ids) - self.prompt_length
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     token_id: int | None
     """None when the row held numbers that are not finite."""
     logprob: TokenLogprob | None

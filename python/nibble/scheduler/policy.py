@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class RequestView:
+class RequestView(NamedTuple):
     """`computed` tokens are in the KV cache, in `pages` pages; `remaining` must follow, 1 while decoding."""
 
     computed: int

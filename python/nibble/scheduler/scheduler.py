@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from nibble.generation import FinishReason
 from nibble.kv_cache.allocator import PageAllocator
@@ -11,8 +12,7 @@ from nibble.scheduler.policy import RequestView, Snapshot, pages_for, plan_step
 from nibble.scheduler.request import Request
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """`num_tokens` of the request's next tokens go through the model in this step."""
 
     request: Request
