@@ -15,6 +15,8 @@ MODELS = {
         {"tie_word_embeddings": True, "attention_bias": True},
     ),
     "qwen3 with one key head": (save_qwen3, {"num_key_value_heads": 1, "rope_parameters": {"rope_theta": 777.0}}),
+    "qwen3 with a key head for every query head": (save_qwen3, {"num_key_value_heads": 4}),
+    "qwen3 with three query heads to a key head": (save_qwen3, {"num_attention_heads": 6}),
     "qwen3-moe": (save_qwen3_moe, {}),
     "qwen3-moe without renormalized weights": (
         save_qwen3_moe,

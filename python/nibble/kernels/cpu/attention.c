@@ -87,18 +87,26 @@ static void find_rows(const int64_t *pages, int64_t length, int64_t page_size, i
             offsets[start + i] = (*pages * page_size + i) * row_size;
 }
 
-/* scores[t] = q . key of token t * scale; room for a multiple of LANES. */
-INLINE void scores_of(const float *q, Head keys, int64_t length, int64_t size, const int itemsize, float *scores) {
+/* scores[h][t] = q[h] . key of token t * scale, for `count` (1 or 2, a constant) heads that share their keys; `room`,
+ * a multiple of LANES, is what each head has. All LANES sums are reduced together: LANES / count tokens of each head. */
+INLINE void scores_of(const float *q, Head keys, int64_t length, int64_t size, const int itemsize, const int count,
+                      float *scores, int64_t room) {
+    const int tokens = LANES / count;
     const float scale = 1 / sqrtf((float)size);
-    for (int64_t t = 0; t < length; t += LANES) {
+    for (int64_t t = 0; t < length; t += tokens) {
         const char *rows[LANES];
         floats totals[LANES] = {{0}};
-        for (int i = 0; i < LANES; i++) rows[i] = keys.first + keys.offsets[t + i < length ? t + i : length - 1];
+        for (int i = 0; i < tokens; i++) rows[i] = keys.first + keys.offsets[t + i < length ? t + i : length - 1];
         for (int64_t d = 0; d < size; d += LANES) {
-            floats part = load(q + d);
-            for (int i = 0; i < LANES; i++) totals[i] += part * load_cached(rows[i] + d * itemsize, itemsize);
+            floats parts[2] = {load(q + d), load(q + (count - 1) * size + d)};
+            for (int i = 0; i < tokens; i++) {
+                floats key = load_cached(rows[i] + d * itemsize, itemsize);
+                for (int h = 0; h < count; h++) totals[h * tokens + i] += parts[h] * key;
+            }
         }
-        store(scores + t, sums_of(totals) * scale);
+        float sums[LANES];
+        store(sums, sums_of(totals) * scale);
+        for (int h = 0; h < count; h++) memcpy(scores + h * room + t, sums + h * tokens, tokens * sizeof *sums);
     }
 }
 
@@ -117,31 +125,30 @@ static void softmax(float *scores, int64_t length) {
     for (int64_t t = 0; t < length; t += LANES) store(scores + t, load(scores + t) * factor);
 }
 
-/* out[d] = the sum of weights[t] * value of token t, for `width` (a constant) vectors of d from `first` on. */
-INLINE void weighted_part(const float *weights, Head values, int64_t length, int64_t first, const int width,
-                          const int itemsize, float *out) {
-    floats totals[4] = {{0}};
+/* out[h][d] = the sum of weights[h][t] * value of token t, for `width` (a constant) vectors of d from `first` on. */
+INLINE void weighted_part(const float *weights, int64_t room, Head values, int64_t length, int64_t first, int64_t size,
+                          const int width, const int itemsize, const int count, float *out) {
+    floats totals[2][4] = {{{0}}};
     for (int64_t t = 0; t < length; t++) {
-        const char *value = values.first + values.offsets[t] + first * itemsize;
-        for (int i = 0; i < width; i++)
-            totals[i] += weights[t] * load_cached(value + i * LANES * itemsize, itemsize);
+        const char *row = values.first + values.offsets[t] + first * itemsize;
+        for (int i = 0; i < width; i++) {
+            floats value = load_cached(row + i * LANES * itemsize, itemsize);
+            for (int h = 0; h < count; h++) totals[h][i] += weights[h * room + t] * value;
+        }
     }
-    for (int i = 0; i < width; i++) store(out + first + i * LANES, totals[i]);
+    for (int h = 0; h < count; h++)
+        for (int i = 0; i < width; i++) store(out + h * size + first + i * LANES, totals[h][i]);
 }
 
-INLINE void weighted_values(const float *weights, Head values, int64_t length, int64_t size, const int itemsize,
-                            float *out) {
-    int64_t d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES) weighted_part(weights, values, length, d, 4, itemsize, out);
-    for (; d < size; d += LANES) weighted_part(weights, values, length, d, 1, itemsize, out);
-}
-
-/* One query of one head. */
+/* One query of `count` heads that share keys and values. Scratch: `count` times `room` scores. */
 INLINE void attend(const float *q, Head keys, Head values, int64_t length, int64_t size, const int itemsize,
-                   float *scores, float *out) {
-    scores_of(q, keys, length, size, itemsize, scores);
-    softmax(scores, length);
-    weighted_values(scores, values, length, size, itemsize, out);
+                   const int count, float *scores, int64_t room, float *out) {
+    scores_of(q, keys, length, size, itemsize, count, scores, room);
+    for (int h = 0; h < count; h++) softmax(scores + h * room, length);
+    int64_t d = 0;
+    for (; d + 4 * LANES <= size; d += 4 * LANES)
+        weighted_part(scores, room, values, length, d, size, 4, itemsize, count, out);
+    for (; d < size; d += LANES) weighted_part(scores, room, values, length, d, size, 1, itemsize, count, out);
 }
 
 /* One query a sequence: q and out [B, N, D], caches [pages, page_size, kv_heads, D] of `itemsize` bytes an element,
@@ -151,16 +158,22 @@ void decode_attention(const float *q, const char *keys, const char *values, cons
                       int64_t size, int64_t page_size, int64_t itemsize, float *out) {
     const int64_t group = heads / kv_heads, room = round_up(pages * page_size);
     int64_t *offsets = malloc(room * sizeof *offsets);
-    float *scores = malloc(room * sizeof *scores);
+    const int count = group % 2 == 0 ? 2 : 1;
+    float *scores = malloc(count * room * sizeof *scores);
     for (int64_t b = 0; b < batch; b++, page_tables += pages) {
-        find_rows(page_tables, seq_lens[b], page_size, kv_heads * size * itemsize, offsets);
-        for (int64_t head = 0; head < heads; head++, q += size, out += size) {
+        const int64_t length = seq_lens[b];
+        find_rows(page_tables, length, page_size, kv_heads * size * itemsize, offsets);
+        for (int64_t head = 0; head < heads; head += count, q += count * size, out += count * size) {
             const int64_t first = head / group * size * itemsize;
             const Head k = {keys + first, offsets}, v = {values + first, offsets};
-            if (itemsize == 2)
-                attend(q, k, v, seq_lens[b], size, 2, scores, out);
+            if (itemsize == 2 && count == 2)
+                attend(q, k, v, length, size, 2, 2, scores, room, out);
+            else if (itemsize == 2)
+                attend(q, k, v, length, size, 2, 1, scores, room, out);
+            else if (count == 2)
+                attend(q, k, v, length, size, 4, 2, scores, room, out);
             else
-                attend(q, k, v, seq_lens[b], size, 4, scores, out);
+                attend(q, k, v, length, size, 4, 1, scores, room, out);
         }
     }
     free(offsets), free(scores);
