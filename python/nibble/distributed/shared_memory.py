@@ -115,8 +115,9 @@ class SharedMemoryCommunicator(Communicator):
         self._segments = []  # unmapped with their last view, which the traceback of an error may still hold
 
     def _all_gatherv(self, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> list[Tensor]:
-        outputs = [tensor.new_empty((sum(sizes), *tensor.shape[1:])) for tensor in tensors]
-        plan = _plan_gather(sizes, tuple([output.nbytes // len(output) for output in outputs]), self._half_bytes)
+        total = sum(sizes)
+        outputs = [tensor.new_empty((total, *tensor.shape[1:])) for tensor in tensors]
+        plan = _plan_gather(sizes, tuple([output.nbytes // total for output in outputs]), self._half_bytes)
         sources = [tensor.data_ptr() for tensor in tensors]
         targets = [output.data_ptr() for output in outputs]
         for copies in plan.rounds:
@@ -137,7 +138,7 @@ class SharedMemoryCommunicator(Communicator):
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         # Half a segment holds one slot per rank: what the segment's owner adds to the rows of that rank.
         slot_bytes, itemsize = self._slot_bytes, x.itemsize
-        plan = _plan_scatter(sizes, x.nbytes // len(x), SUMMABLE_DTYPES.index(x.dtype))
+        plan = _plan_scatter(sizes, x.nbytes // x.shape[0], SUMMABLE_DTYPES.index(x.dtype))
         source, own_rows = x.data_ptr(), x.view(-1)[plan.starts[self.rank] // itemsize :]
         output = x.new_empty((sizes[self.rank], *x.shape[1:]))
         flat_output = output.view(-1)

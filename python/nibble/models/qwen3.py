@@ -65,7 +65,7 @@ class Qwen3MLP:
         self.down_proj = make_linear(config, prefix, width, [("down_proj", hidden)])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x))) if len(x) else x
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x))) if x.shape[0] else x
 
     def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]:
         yield prefix, self.gate_up_proj

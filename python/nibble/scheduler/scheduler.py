@@ -17,11 +17,8 @@ class ScheduledRequest(NamedTuple):
 
     request: Request
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the request's last token, so that a new one is sampled."""
-        return self.num_tokens == self.request.num_remaining
+    samples: bool
+    """Whether the step reaches the request's last token, so that a new one is sampled."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,13 @@ class Scheduler:
                 max_running=self.limits.max_running_requests,
             )
         )
-        step = [ScheduledRequest(self.running[index], tokens) for index, tokens in plan.running]
+        step = [_scheduled(self.running[index], tokens) for index, tokens in plan.running]
         for index in plan.retracted:
             self._retract(self.running[index])
         for tokens in plan.admitted:
             request = self.waiting.popleft()
             self.running.append(request)
-            step.append(ScheduledRequest(request, tokens))
+            step.append(_scheduled(request, tokens))
         for entry in step:
             self._allocate(entry)
         return sorted(step, key=lambda entry: entry.num_tokens > 1)
@@ -139,6 +136,10 @@ class Scheduler:
         self.allocator.free(request.pages)
         request.pages = []
         request.num_computed = 0
+
+
+def _scheduled(request: Request, num_tokens: int) -> ScheduledRequest:
+    return ScheduledRequest(request, num_tokens, num_tokens == request.num_remaining)
 
 
 def _view(request: Request) -> RequestView:

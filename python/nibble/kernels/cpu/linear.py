@@ -12,7 +12,7 @@ _MAX_RESULTS = 8192
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` for `x [T, K]` and `weight [N, K]`."""
-    (rows, columns), outputs = x.shape, len(weight)
+    (rows, columns), outputs = x.shape, weight.shape[0]
     is_small = rows * outputs <= _MAX_RESULTS and bias is None and x.dtype == weight.dtype == torch.float32
     if not (is_small and x.is_contiguous() and weight.is_contiguous()):
         return F.linear(x, weight, bias)

@@ -1,5 +1,6 @@
 """NVFP4 quantizer, linear layer and experts in C."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.torch.wire_row import WireRowLayout
 
 _TILE = 16  # LANES in vector.h
+_layout = functools.cache(WireRowLayout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +39,8 @@ class TiledWeight:
 
 def quantize_pack(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, input_scale: Tensor) -> Tensor:
     """`kernels.torch.wire_row.quantize_pack`, bit for bit."""
-    layout = WireRowLayout(hidden_size=x.shape[1], top_k=topk_ids.shape[1])
-    rows = len(x)
+    rows, hidden_size = x.shape
+    layout = _layout(hidden_size, topk_ids.shape[1])
     out = torch.empty(rows, layout.row_bytes, dtype=torch.uint8)
     x, topk_ids, topk_weights = as_fp32(x), topk_ids.contiguous(), topk_weights.contiguous()
     if rows == 0:

@@ -9,6 +9,7 @@ from nibble.kernels.cpu.library import as_fp32, c_kernels
 def argmax(logits: Tensor) -> Tensor:
     """`kernels.torch.sampling.argmax`; of equal tokens the first."""
     logits = as_fp32(logits)
-    out = torch.empty(len(logits), dtype=torch.int64)
-    c_kernels().argmax(logits.data_ptr(), *logits.shape, out.data_ptr())
+    rows, columns = logits.shape
+    out = torch.empty(rows, dtype=torch.int64)
+    c_kernels().argmax(logits.data_ptr(), rows, columns, out.data_ptr())
     return out

@@ -37,12 +37,12 @@ def _one_by_one(batch: AttentionBatch) -> AttentionBatch:
 
 class CpuAttentionStep(TorchAttentionStep):
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        _, heads, size = k.shape
+        rows, heads, size = k.shape
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         if k.dtype != torch.float32 or k.stride()[1:] != (size, 1) or v.stride()[1:] != (size, 1):
             return super().store(layer, k, v)
         c_kernels().store_kv(
-            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), len(k), heads * size, self.slots.data_ptr(),
+            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), rows, heads * size, self.slots.data_ptr(),
             keys.data_ptr(), values.data_ptr(), keys.itemsize,
         )  # fmt: skip
 
