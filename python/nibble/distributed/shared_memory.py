@@ -139,9 +139,9 @@ class SharedMemoryCommunicator(Communicator):
         # Half a segment holds one slot per rank: what the segment's owner adds to the rows of that rank.
         slot_bytes, itemsize = self._slot_bytes, x.itemsize
         plan = _plan_scatter(sizes, x.nbytes // x.shape[0], SUMMABLE_DTYPES.index(x.dtype))
-        source, own_rows = x.data_ptr(), x.view(-1)[plan.starts[self.rank] // itemsize :]
-        output = x.new_empty((sizes[self.rank], *x.shape[1:]))
-        flat_output = output.view(-1)
+        source, num_bytes = x.data_ptr(), plan.num_bytes[self.rank]
+        own_rows = x.view(-1)[plan.starts[self.rank] // itemsize :]
+        output = x.new_empty(num_bytes // itemsize)
         for begin in range(0, plan.most, slot_bytes):
             own, half = self._next_half()
             for peer in self._links:
@@ -150,11 +150,11 @@ class SharedMemoryCommunicator(Communicator):
                     ctypes.memmove(own + peer * slot_bytes, source + plan.starts[peer] + begin, count)
             self._announce(plan.signature)
             self._wait()
-            first, last = begin // itemsize, min(begin + slot_bytes, output.nbytes) // itemsize
+            first, last = begin // itemsize, min(begin + slot_bytes, num_bytes) // itemsize
             if first < last:
                 terms = self._slots(half + self.rank * slot_bytes, own_rows[first:last])
-                sum_in_rank_order(terms, flat_output[first:last])
-        return output
+                sum_in_rank_order(terms, output[first:last])
+        return output.view(sizes[self.rank], *x.shape[1:])
 
     def _slots(self, offset: int, mine: Tensor) -> list[Tensor]:
         """In rank order, `mine` and what lies at `offset` of the peers' segments, in the same dtype and number."""
