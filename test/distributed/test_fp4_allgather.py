@@ -71,16 +71,17 @@ def prompt(rank: int, length: int) -> list[int]:
     return [(7 * rank + 3 * position) % 120 + 1 for position in range(length)]
 
 
-def forward(rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str) -> dict:
+def forward(rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str, device: str = "cpu") -> dict:
     """One prefill with `sizes[rank]` tokens on each rank: the rank's logits, and what it did for them."""
     torch.set_num_threads(1)
-    runner = shared_runner(rank, Path(folder), fp4, backend)
+    runner = shared_runner(rank, Path(folder), fp4, backend, device)
     mine = prompt(rank.rank, sizes[rank.rank])
     with recorded_collectives(runner.parallel.dp_group) as collectives, recorded_attention() as attention_rows:
         if mine:
             (logits,) = all_logits(runner, [mine], global_num_tokens=sizes)
         else:
             logits = runner.forward(None, sizes)
+    logits = logits.cpu()
     return {
         "bits": hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest(),
         "logits": logits.tolist(),
@@ -90,9 +91,9 @@ def forward(rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str) 
     }
 
 
-def shared_runner(rank: Rank, folder: Path, fp4: bool, backend: str) -> ModelRunner:
+def shared_runner(rank: Rank, folder: Path, fp4: bool, backend: str, device: str) -> ModelRunner:
     """The runner of all tests with these arguments, one after the other."""
-    name = f"runner {fp4} {backend}"
+    name = f"runner {fp4} {backend} {device}"
     if name not in rank.state:
         config = engine_config(
             folder,
@@ -104,6 +105,7 @@ def shared_runner(rank: Rank, folder: Path, fp4: bool, backend: str) -> ModelRun
             enable_flashinfer_cutlass_moe=True,
             disable_flashinfer_cutlass_moe_fp4_allgather=not fp4,
             cpu_collectives=backend,
+            device=device,
             log_level="error",
         )
         assert config.fp4_allgather.enabled == fp4

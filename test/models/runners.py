@@ -14,11 +14,13 @@ from nibble.model_executor.model_runner import ModelRunner
 
 
 def engine_config(folder: Path, **args: object) -> EngineConfig:
-    return resolve(ServerArgs(**{"model_path": str(folder), "page_size": 4, "max_total_tokens": 1024, **args}))
+    defaults = {"model_path": str(folder), "device": "cpu", "page_size": 4, "max_total_tokens": 1024}
+    return resolve(ServerArgs(**{**defaults, **args}))
 
 
 def single_rank_runner(folder: Path, **args: object) -> ModelRunner:
-    return ModelRunner(engine_config(folder, **args), ParallelState(0, SingleRankCommunicator("dp")))
+    group = SingleRankCommunicator("dp")
+    return ModelRunner(engine_config(folder, **args), ParallelState(0, group, group))
 
 
 def all_logits(

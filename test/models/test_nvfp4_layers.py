@@ -171,7 +171,7 @@ def make_layer(folder: Path, rank: int = 0, world_size: int = 1, **args: object)
     """The layer of one rank of several; its peers are only needed for the collectives."""
     group = SingleRankCommunicator("dp")
     group.rank, group.world_size = rank, world_size
-    return FusedMoE(engine_config(folder, load_format="dummy", **args), ParallelState(rank, group), PREFIX)
+    return FusedMoE(engine_config(folder, load_format="dummy", **args), ParallelState(rank, group, group), PREFIX)
 
 
 def both_dispatchers(folder: Path, experts: Experts, dtype: str) -> tuple[FusedMoE, FusedMoE]:
@@ -228,7 +228,7 @@ def test_w13_holds_gate_before_up_in_codes_block_scales_and_global_scales_alike(
     """A kernel that wants up before gate has to turn all three around."""
     layer = make_layer(folder)
     method = nvfp4_method(layer)
-    method.kernels = replace(method.kernels, nvfp4_moe=lambda packed, first_expert: packed)
+    method.kernels = replace(method.kernels, nvfp4_moe=lambda packed, first_expert, num_experts: packed)
     experts.load(layer)
     packed = method.kernel
     for expert, (gate, up) in enumerate(zip(experts.gate, experts.up, strict=True)):

@@ -71,8 +71,8 @@ def loaded(folder: Path, rank: int = 0, world_size: int = 1, **args: object) -> 
     group = SingleRankCommunicator("dp")
     group.rank, group.world_size = rank, world_size
     config = engine_config(folder, **args)
-    model = create_model(config, ParallelState(rank, group))
-    load_weights(model, folder, config.args.load_format, show_progress=False)
+    model = create_model(config, ParallelState(rank, group, group))
+    load_weights(model, folder, config.args.load_format, group.device, show_progress=False)
     assert isinstance(model, Qwen3MoeForCausalLM)
     return model
 

@@ -48,7 +48,8 @@ def runner(request, tmp_path_factory) -> ModelRunner:
     (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}')
     ranks = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}
     flags = {"load_format": "dummy", "enable_flashinfer_cutlass_moe": True, "cpu_kernels": request.param}
-    return ModelRunner(engine_config(folder, **ranks, **flags), ParallelState(0, BesideABusyPeer()))
+    group = BesideABusyPeer()
+    return ModelRunner(engine_config(folder, **ranks, **flags), ParallelState(0, group, group))
 
 
 def prefill(logit_rows: Sequence[int]) -> ForwardBatch:

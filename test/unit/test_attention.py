@@ -21,7 +21,7 @@ MODEL = ModelConfig(**{**dict.fromkeys(ModelConfig.__dataclass_fields__, 0), **S
 
 
 def make_pool() -> KvCachePool:
-    return KvCachePool(MODEL, PAGES, PAGE, torch.float32)
+    return KvCachePool(MODEL, PAGES, PAGE, torch.float32, torch.device("cpu"))
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

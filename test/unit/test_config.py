@@ -279,7 +279,49 @@ def test_the_end_tokens_of_generation_config_win(checkpoint):
     ],
 )
 def test_ranks_that_use_all_cores_keep_to_equal_shares_of_them(checkpoint, monkeypatch, cores, flags, expected):
-    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability(cores, None, False, False))
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability(cores, 0, None, False, False))
     config = resolve(ServerArgs(model_path=str(checkpoint()), **{**TWO_RANKS, **flags}))
     assert config.rank_cores == expected
     assert ("cores of its own" if expected else "any core") in " ".join(config.decisions())
+
+
+def machine(num_gpus: int = 1, arch: tuple[int, int] = (9, 0), has_triton: bool = True) -> Capability:
+    return Capability((0, 1), num_gpus, arch if num_gpus else None, has_triton, False)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (machine(num_gpus=0), "PyTorch sees no GPU"),
+        (machine(arch=(7, 5)), "compute capability 7.5, and 8.0 is needed"),
+        (machine(has_triton=False), "Triton is not installed"),
+    ],
+)
+def test_a_gpu_that_does_not_serve_is_refused_if_asked_for_and_named_in_the_log_if_not(
+    checkpoint, monkeypatch, found, reason
+):
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: found)
+    assert reason in refused(checkpoint(), device="cuda")
+    config = resolved(checkpoint())
+    assert config.device == "cpu" and reason in " ".join(config.decisions())
+
+
+def test_a_gpu_is_used_without_being_asked_for_and_not_when_told_so(checkpoint, monkeypatch):
+    monkeypatch.setattr("nibble.config.resolve.capability", machine)
+    config = resolved(checkpoint(quantization=NVFP4))
+    assert (config.device, config.dtype, config.kernels, config.moe_kernel) == ("cuda", "bfloat16", "triton", "triton")
+    assert config.num_pages is None and config.rank_cores is None
+    assert resolved(checkpoint(quantization=NVFP4), device="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "shared"), [(1, 4, 4), (2, 4, 2), (3, 4, 2), (8, 4, 1)])
+def test_more_ranks_than_gpus_share_them(checkpoint, monkeypatch, gpus, ranks, shared):
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: machine(gpus))
+    sizes = dict.fromkeys(("tp_size", "dp_size", "ep_size"), ranks)
+    config = resolved(checkpoint(), enable_dp_attention=True, **sizes)
+    assert config.num_gpus == min(gpus, ranks) and config.ranks_per_gpu == shared
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
+def test_a_fraction_of_the_memory_lies_between_none_and_all(checkpoint, fraction):
+    assert "--mem-fraction-static must be between 0 and 1" in refused(checkpoint(), mem_fraction_static=fraction)

@@ -13,11 +13,12 @@ from nibble.config.parallel_config import ParallelConfig, resolve_parallel
 from nibble.config.quantization_config import QuantizationConfig, load_quantization_config
 from nibble.config.server_args import ServerArgs, require_positive
 from nibble.utils.c_library import CompileError, build_c_library
-from nibble.utils.capability import available_memory_bytes, capability
+from nibble.utils.capability import Capability, available_memory_bytes, capability
 from nibble.utils.errors import ConfigError
 
 RENDEZVOUS = Path(__file__).parents[1] / "distributed"
 CPU_KERNELS = Path(__file__).parents[1] / "kernels" / "cpu"
+OLDEST_CUDA_ARCH = (8, 0)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -33,40 +34,53 @@ class EngineConfig:
     parallel: ParallelConfig
     fp4_allgather: Fp4AllGatherDecision
     device: str
+    no_gpu: str | None
+    """Why auto did not choose a GPU, if so."""
+    num_gpus: int
+    """GPUs that the ranks share out; 0 on a CPU."""
     dtype: str
     kv_cache_dtype: str
+    kernels: str
     moe_kernel: str
-    cpu_kernels: str
     no_c_kernels: str | None
     """Why auto did not choose what is written in C (kernels, shared memory), if so."""
     cpu_collectives: str
+    """Between processes of one host; on GPUs they serve the step's sizes only, and NCCL the rows."""
     cpu_threads: int
     rank_cores: tuple[tuple[int, ...], ...] | None
     """The cores that each CPU rank keeps to; None leaves that to the system."""
     context_length: int
-    num_pages: int
+    num_pages: int | None
+    """Of one rank's KV cache; None leaves it to the ranks, which know once their weights are loaded."""
     random_seed: int
 
     @property
-    def max_total_tokens(self) -> int:
-        """Tokens that the KV cache of one rank holds."""
-        return self.num_pages * self.args.page_size
+    def ranks_per_gpu(self) -> int:
+        return -(-self.parallel.world_size // self.num_gpus) if self.num_gpus else 0
 
     def decisions(self) -> list[str]:
         """One line for each choice that was left to the engine."""
         parallel, gather = self.parallel, self.fp4_allgather
+        collectives = "nccl" if self.device == "cuda" else self.cpu_collectives
+        size = f"{self.num_pages * self.args.page_size} tokens" if self.num_pages else "what fits of tokens"
         return [
             f"FP4 all-gather is {'on' if gather.enabled else 'off'}: {gather.reason}",
             f"ranks: tp={parallel.tp_size} dp={parallel.dp_size} ep={parallel.ep_size}, "
-            f"collectives: {self.cpu_collectives if parallel.world_size > 1 else 'none (one rank)'}",
-            f"device: {self.device} ({self.cpu_threads} threads a rank, "
-            f"{'cores of its own' if self.rank_cores else 'any core'}), activations: {self.dtype}, "
-            f"kernels: {self.cpu_kernels}, of the experts: {self.moe_kernel}"
+            f"collectives: {collectives if parallel.world_size > 1 else 'none (one rank)'}",
+            f"device: {self._device_in_words()}, activations: {self.dtype}, "
+            f"kernels: {self.kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
-            f"KV cache: {self.max_total_tokens} tokens a rank in {self.kv_cache_dtype}, "
+            f"KV cache: {size} a rank in {self.kv_cache_dtype}, "
             f"pages of {self.args.page_size}; "
             f"context length: {self.context_length}",
         ]
+
+    def _device_in_words(self) -> str:
+        if self.device == "cuda":
+            return f"{self.num_gpus} GPUs with {self.ranks_per_gpu} ranks each" if self.num_gpus > 1 else "1 GPU"
+        cores = "cores of its own" if self.rank_cores else "any core"
+        reason = f", {self.no_gpu}" if self.no_gpu else ""
+        return f"cpu ({self.cpu_threads} threads a rank, {cores}{reason})"
 
 
 def resolve(args: ServerArgs) -> EngineConfig:
@@ -76,13 +90,16 @@ def resolve(args: ServerArgs) -> EngineConfig:
     model = load_model_config(folder)
     quantization = _resolve_quantization(args, folder)
     parallel = resolve_parallel(args, model)
-    cores = capability().cpu_cores
-    device = _resolve_device(args)
-    dtype = "float32" if args.dtype == "auto" else args.dtype
-    cpu_kernels, no_c_kernels = _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
+    machine = capability()
+    device, no_gpu = _resolve_device(args, machine)
+    on_gpu = device == "cuda"
+    dtype = ("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype
+    kernels, no_c_kernels = "triton", None
+    if not on_gpu:
+        kernels, no_c_kernels = _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
     kv_cache_dtype = _resolve_kv_cache_dtype(args, model)
-    context_length, num_pages = _resolve_memory(args, model, parallel, kv_cache_dtype)
+    context_length, num_pages = _resolve_memory(args, model, parallel, kv_cache_dtype, on_gpu)
     return EngineConfig(
         args=args,
         model_folder=str(folder),
@@ -92,14 +109,16 @@ def resolve(args: ServerArgs) -> EngineConfig:
         parallel=parallel,
         fp4_allgather=should_use_flashinfer_cutlass_moe_fp4_allgather(args, model, quantization),
         device=device,
+        no_gpu=no_gpu,
+        num_gpus=min(machine.num_gpus, parallel.world_size) if on_gpu else 0,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
-        moe_kernel=_resolve_moe_kernel(args, cpu_kernels),
-        cpu_kernels=cpu_kernels,
+        kernels=kernels,
+        moe_kernel=_resolve_moe_kernel(args, kernels),
         no_c_kernels=no_c_kernels,
         cpu_collectives=cpu_collectives,
-        cpu_threads=args.cpu_threads or max(1, len(cores) // parallel.world_size),
-        rank_cores=_resolve_rank_cores(args, cores, parallel.world_size),
+        cpu_threads=args.cpu_threads or max(1, len(machine.cpu_cores) // parallel.world_size),
+        rank_cores=None if on_gpu else _resolve_rank_cores(args, machine.cpu_cores, parallel.world_size),
         context_length=context_length,
         num_pages=num_pages,
         random_seed=args.random_seed if args.random_seed is not None else secrets.randbits(62),
@@ -132,10 +151,23 @@ def _resolve_quantization(args: ServerArgs, folder: Path) -> QuantizationConfig 
     return found
 
 
-def _resolve_device(args: ServerArgs) -> str:
+def _resolve_device(args: ServerArgs, machine: Capability) -> tuple[str, str | None]:
+    """The device, and why auto had to do without a GPU."""
+    if args.device == "cpu":
+        return "cpu", None
+    reason = None
+    if machine.cuda_arch is None:
+        reason = "PyTorch sees no GPU"
+    elif machine.cuda_arch < OLDEST_CUDA_ARCH:
+        major, minor = machine.cuda_arch
+        reason = f"the GPU has compute capability {major}.{minor}, and 8.0 is needed"
+    elif not machine.has_triton:
+        reason = "Triton is not installed"
+    if reason is None:
+        return "cuda", None
     if args.device == "cuda":
-        raise ConfigError("--device cuda is not supported by this version; use --device cpu")
-    return "cpu"
+        raise ConfigError(f"--device cuda: {reason}; use --device cpu or auto")
+    return "cpu", reason
 
 
 def _resolve_c(asked: str, flag: str, sources: Path, compiled: str, otherwise: str) -> tuple[str, str | None]:
@@ -151,18 +183,16 @@ def _resolve_c(asked: str, flag: str, sources: Path, compiled: str, otherwise: s
     return compiled, None
 
 
-def _resolve_moe_kernel(args: ServerArgs, cpu_kernels: str) -> str:
-    if args.moe_kernel == "auto":
-        return cpu_kernels
-    if args.moe_kernel == "c" and cpu_kernels != "c":
-        raise ConfigError("--moe-kernel c needs the C kernels; leave out --cpu-kernels torch, or install a C compiler")
-    needs = {"flashinfer_cutlass": "a GPU of compute capability 10.0 or newer", "triton": "a GPU"}
-    if args.moe_kernel in needs:
-        raise ConfigError(
-            f"--moe-kernel {args.moe_kernel} needs {needs[args.moe_kernel]}, and this engine runs on the CPU; "
-            "use --moe-kernel torch or auto"
-        )
-    return args.moe_kernel
+def _resolve_moe_kernel(args: ServerArgs, kernels: str) -> str:
+    """`kernels` is what the rest of the model runs on."""
+    if args.moe_kernel in ("auto", "torch", kernels):
+        return kernels if args.moe_kernel == "auto" else args.moe_kernel
+    reasons = {
+        "c": "runs on a CPU, with a C compiler and without --cpu-kernels torch",
+        "triton": "needs a GPU, and this engine runs on the CPU",
+        "flashinfer_cutlass": "needs a GPU of compute capability 10.0 or newer and is not supported by this version",
+    }
+    raise ConfigError(f"--moe-kernel {args.moe_kernel} {reasons[args.moe_kernel]}; use --moe-kernel torch or auto")
 
 
 def _resolve_rank_cores(args: ServerArgs, cores: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...] | None:
@@ -179,13 +209,17 @@ def _resolve_kv_cache_dtype(args: ServerArgs, model: ModelConfig) -> str:
     return model.dtype if model.dtype in DTYPE_BYTES else "bfloat16"
 
 
-def _resolve_memory(args: ServerArgs, model: ModelConfig, parallel: ParallelConfig, dtype: str) -> tuple[int, int]:
+def _resolve_memory(
+    args: ServerArgs, model: ModelConfig, parallel: ParallelConfig, dtype: str, on_gpu: bool
+) -> tuple[int, int | None]:
     """The context length, and the pages of one rank's KV cache. One whole context always fits."""
     longest = model.max_position_embeddings
     if args.context_length is not None and args.context_length > longest:
         raise ConfigError(f"--context-length {args.context_length} exceeds the checkpoint's {longest}")
     token_bytes = model.kv_elements_per_token * DTYPE_BYTES[dtype]
     tokens = args.max_total_tokens
+    if tokens is None and on_gpu:
+        return args.context_length or longest, None
     if tokens is None:
         affordable = available_memory_bytes() // 4 // parallel.world_size // token_bytes
         tokens = min(args.max_running_requests * (args.context_length or longest), affordable)

@@ -30,7 +30,7 @@ class ServerArgs:
     )
     dtype: str = flag(
         "auto",
-        "Type of activations. auto: float32 on a CPU.",
+        "Type of activations. auto: bfloat16 on a GPU, float32 on a CPU.",
         choices=("auto", "float32", "bfloat16"),
     )
     kv_cache_dtype: str = flag(
@@ -64,7 +64,10 @@ class ServerArgs:
     )
 
     # Machine
-    device: str = flag("auto", "Device that runs the model.", choices=("auto", "cpu", "cuda"))
+    device: str = flag("auto", "Device that runs the model. auto: cuda where it can.", choices=("auto", "cpu", "cuda"))
+    mem_fraction_static: float = flag(
+        0.85, "Part of a GPU's memory for weights and KV cache, of all ranks on it; the rest is for activations."
+    )
     cpu_collectives: str = flag(
         "auto",
         "Collectives between CPU ranks. auto: shared_memory where there is a C compiler.",
@@ -90,7 +93,7 @@ class ServerArgs:
     max_total_tokens: int | None = flag(
         None,
         "Tokens the KV cache of one rank holds. Default: what max-running-requests full contexts need, "
-        "within a quarter of the free memory.",
+        "within --mem-fraction-static, or a quarter of a CPU's free memory.",
     )
     max_running_requests: int = flag(64, "Requests that run at once on one rank.")
     max_queued_requests: int = flag(1024, "Requests that wait at once, over all ranks; more get a 503.")
@@ -152,6 +155,8 @@ def require_positive(args: ServerArgs) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{_flag_name(name)} must be greater than 0, got {value}")
+    if not 0 < args.mem_fraction_static < 1:
+        raise ConfigError(f"--mem-fraction-static must be between 0 and 1, got {args.mem_fraction_static}")
     if args.drain_timeout < 0:
         raise ConfigError(f"--drain-timeout must be at least 0, got {args.drain_timeout}")
     if not 0 <= args.port < 65536:

@@ -27,6 +27,7 @@ class Supervisor:
 
     def __init__(self, config: EngineConfig, run_dir: Path, on_exit: Callable[[int, int], None]) -> None:
         self._config_line = msgspec.json.encode(config) + b"\n"
+        self._gpu_environment = _gpu_environment(config)
         self._run_dir = run_dir
         self._on_exit = on_exit
         self._stopping = False
@@ -67,7 +68,7 @@ class Supervisor:
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in a terminal must not reach the ranks before their parent
             # Threads that wait actively for each other stand in each other's way where cores are shared.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": search_path},
+            env={"OMP_WAIT_POLICY": "PASSIVE", **self._gpu_environment, **os.environ, "PYTHONPATH": search_path},
         )
         self._processes[rank] = process
         assert process.stdin is not None
@@ -81,3 +82,23 @@ class Supervisor:
         code = process.wait()
         if not self._stopping:
             self._on_exit(rank, code)
+
+
+def _gpu_environment(config: EngineConfig) -> dict[str, str]:
+    """What ranks on GPUs need in their environment. Warns when they share one and would take turns on it."""
+    if config.device == "cpu" or config.parallel.world_size == 1:
+        return {}
+    from nibble.distributed.pynccl import multi_rank_gpu_environment
+
+    if config.ranks_per_gpu > 1 and not is_mps_running():
+        logger.warning(
+            "%d ranks share a GPU and NVIDIA's Multi-Process Service is off: their kernels take turns, which costs "
+            "milliseconds a layer. Start it with: nvidia-cuda-mps-control -d",
+            config.ranks_per_gpu,
+        )
+    return multi_rank_gpu_environment(config.ranks_per_gpu)
+
+
+def is_mps_running() -> bool:
+    """Whether a Multi-Process Service takes clients where this environment looks for it."""
+    return (Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control").exists()

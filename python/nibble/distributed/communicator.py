@@ -135,6 +135,12 @@ class Communicator(ABC):
         """Returns once every rank has entered."""
         self._run("barrier", self._barrier)
 
+    def synchronize(self) -> None:  # noqa: B027 - nothing to do unless a backend has
+        """Returns once results may be read: at once where collectives return with them done.
+
+        Raises CollectiveError for what went wrong since the last time.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """Frees what the group holds; a peer in a collective sees this rank leave. May be called twice."""

@@ -9,9 +9,9 @@ from torch import Tensor
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 
 Matmul = Callable[[Tensor], Tensor]
-"""`x [T, K]` to fp32 [T, N]."""
+"""`x [T, K]` to [T, N], fp32 or bf16."""
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`x_fp4 [S, H/2], x_scale [S, H/16], topk_ids [S, K], topk_weights [S, K]` to fp32 [S, H]."""
+"""`x_fp4 [S, H/2], x_scale [S, H/16], topk_ids [S, K], topk_weights [S, K]` to [S, H], fp32 or bf16."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Kernels:
     argmax: Callable[[Tensor], Tensor]
     quantize_pack: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     nvfp4_linear: Callable[[Tensor, Tensor, Tensor, Tensor], Matmul]
-    nvfp4_moe: Callable[[PackedNvfp4Experts, int], Experts]
+    nvfp4_moe: Callable[[PackedNvfp4Experts, int, int], Experts]
+    """From this rank's experts, the first one's number, and how many the layer has on all ranks."""
 
 
 @cache
-def select_kernels(cpu_kernels: str, moe_kernel: str) -> Kernels:
-    """`cpu_kernels` and `moe_kernel` are "c" or "torch"."""
-    moe = _c_kernels() if moe_kernel == "c" else _torch_kernels()
-    rest = _c_kernels() if cpu_kernels == "c" else _torch_kernels()
-    return replace(rest, nvfp4_moe=moe.nvfp4_moe)
+def select_kernels(kernels: str, moe_kernel: str) -> Kernels:
+    """`kernels` and `moe_kernel` are "c", "torch" or "triton"."""
+    sets = {"c": _c_kernels, "torch": _torch_kernels, "triton": _triton_kernels}
+    return replace(sets[kernels](), nvfp4_moe=sets[moe_kernel]().nvfp4_moe)
 
 
 def _torch_kernels() -> Kernels:
@@ -62,3 +62,12 @@ def _c_kernels() -> Kernels:
     return Kernels(
         rms_norm, add_rms_norm, qk_norm_rope, topk_softmax, linear, argmax, quantize_pack, Nvfp4Linear, Nvfp4MoE
     )
+
+
+def _triton_kernels() -> Kernels:
+    """Torch's own where they are as good as a kernel of ours would be, or not yet written."""
+    from nibble.kernels.triton.fused_moe import Nvfp4MoE
+    from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
+    from nibble.kernels.triton.wire_row import quantize_pack
+
+    return replace(_torch_kernels(), quantize_pack=quantize_pack, nvfp4_linear=Nvfp4Linear, nvfp4_moe=Nvfp4MoE)

@@ -14,11 +14,13 @@ class KvCachePool:
     multiplies masked slots by zero, and zero times NaN would reach whoever uses the page next.
     """
 
-    def __init__(self, model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (num_pages, page_size, model.num_kv_heads, model.head_dim)
-        self.page_size = page_size
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(model.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in range(model.num_layers)]
+        self.num_pages, self.page_size, self.device = num_pages, page_size, device
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores `[T, kv_heads, head_dim]` at `slots [T]`, rounded to the cache's type."""
@@ -27,6 +29,6 @@ class KvCachePool:
 
     def clear(self, pages: Iterable[int]) -> None:
         """Zeroes pages that may hold NaN."""
-        index = torch.tensor(list(pages), dtype=torch.int64)
+        index = torch.tensor(list(pages), dtype=torch.int64, device=self.device)
         for tensor in (*self.keys, *self.values):
             tensor.index_fill_(0, index, 0)

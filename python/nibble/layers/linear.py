@@ -24,7 +24,7 @@ def make_linear(
 ) -> Linear:
     """The linear layer for the modules `prefix.name` of the checkpoint, quantized as it says there."""
     quantization = config.quantization
-    kernels = select_kernels(config.cpu_kernels, config.moe_kernel)
+    kernels = select_kernels(config.kernels, config.moe_kernel)
     if quantization is None or not quantization.is_quantized(*(f"{prefix}.{name}" for name, _ in parts)):
         return UnquantizedLinear(kernels, in_features, parts, bias, torch_dtype(config.dtype))
     return ModelOptNvFp4Linear(kernels, in_features, parts, bias, torch_dtype(config.dtype))

@@ -14,7 +14,7 @@ class RMSNorm:
     def __init__(self, config: EngineConfig, size: int) -> None:
         self.weight = torch.empty(size, dtype=torch_dtype(config.dtype))
         self.eps = config.model.rms_norm_eps
-        self.kernels = select_kernels(config.cpu_kernels, config.moe_kernel)
+        self.kernels = select_kernels(config.kernels, config.moe_kernel)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.kernels.rms_norm(x, self.weight, self.eps)

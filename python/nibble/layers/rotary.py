@@ -18,7 +18,7 @@ class RotaryEmbedding:
         self.cos = torch.cat([angles.cos(), angles.cos()], dim=-1).to(dtype)  # [P, D]
         # The sign of the first half's sine is folded in: rotating is then one flip of the halves.
         self.signed_sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(dtype)  # [P, D]
-        self.qk_norm_rope = select_kernels(config.cpu_kernels, config.moe_kernel).qk_norm_rope
+        self.qk_norm_rope = select_kernels(config.kernels, config.moe_kernel).qk_norm_rope
 
     def normalized(
         self, q: torch.Tensor, k: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, positions: torch.Tensor

@@ -76,7 +76,7 @@ class Sampler:
         """In place on `[V]`. Repetition looks at prompt and answer, the other penalties at the answer."""
         sampling = row.sampling
         if sampling.has_penalties:
-            tokens = torch.tensor(row.token_ids)
+            tokens = torch.tensor(row.token_ids, device=logits.device)
             seen = tokens.unique()
             repeated = logits[seen]
             factor = sampling.repetition_penalty
@@ -93,16 +93,18 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Random tokens `[R]` for rows with a temperature."""
     sampling = [row.sampling for row in rows]
     vocab_size = logits.shape[1]
-    logits = logits / torch.tensor([[s.temperature] for s in sampling])
+    device = logits.device
+    logits = logits / torch.tensor([[s.temperature] for s in sampling], device=device)
     if any(s.top_k != -1 or s.top_p < 1 or s.min_p > 0 for s in sampling):
         logits = filter_logits(
             logits,
-            torch.tensor([s.top_k if s.top_k > 0 else vocab_size for s in sampling]),
-            torch.tensor([s.top_p for s in sampling]),
-            torch.tensor([s.min_p for s in sampling]),
+            torch.tensor([s.top_k if s.top_k > 0 else vocab_size for s in sampling], device=device),
+            torch.tensor([s.top_p for s in sampling], device=device),
+            torch.tensor([s.min_p for s in sampling], device=device),
         )
-    seeds = torch.tensor([row.seed for row in rows])
-    return gumbel_argmax(logits, seeds, torch.tensor([row.num_generated for row in rows]))
+    seeds = torch.tensor([row.seed for row in rows], device=device)
+    positions = torch.tensor([row.num_generated for row in rows], device=device)
+    return gumbel_argmax(logits, seeds, positions)
 
 
 def _logprobs(logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> list[TokenLogprob | None]:

@@ -17,8 +17,8 @@ Targets = Mapping[str, WeightTarget | None]
 _LISTED = 20
 
 
-def load_weights(model: CausalLM, folder: Path, load_format: str, show_progress: bool) -> None:
-    """Every tensor of the checkpoint must be known to the model, and every weight of the model filled.
+def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.device, show_progress: bool) -> None:
+    """Every tensor of the checkpoint must be known to the model, on `device`, and every weight of the model filled.
 
     Files are memory-mapped and only what this rank needs is read. Raises ConfigError listing the names.
     """
@@ -27,10 +27,11 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, show_progress:
         _fill_with_random(targets)
     else:
         _load_safetensors(targets, folder, show_progress)
-    for _, layer in model.layers():
-        process = getattr(layer, "process_weights_after_loading", None)
-        if process is not None:
-            process()
+    with device:
+        for _, layer in model.layers():
+            process = getattr(layer, "process_weights_after_loading", None)
+            if process is not None:
+                process()
 
 
 def collect_targets(model: CausalLM) -> Targets:

@@ -111,10 +111,10 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
     )
     loop = EventLoop(
         rank,
-        Scheduler(limits, config.num_pages),
+        Scheduler(limits, runner.pool.num_pages),
         runner,
-        Sampler(config.model.eos_token_ids, select_kernels(config.cpu_kernels, config.moe_kernel).argmax),
-        DpSync(parallel.dp_group),
+        Sampler(config.model.eos_token_ids, select_kernels(config.kernels, config.moe_kernel).argmax),
+        DpSync(parallel.cpu_group),
         sockets,
         sockets.send,
     )

@@ -11,20 +11,24 @@ import torch
 
 @dataclass(frozen=True)
 class Capability:
-    """Facts about the machine; `cuda_arch` is (major, minor) of device 0, None without CUDA."""
+    """Facts about the machine."""
 
     cpu_cores: tuple[int, ...]
     """The cores that this process may use, by number."""
+    num_gpus: int
     cuda_arch: tuple[int, int] | None
+    """(major, minor) of the first GPU."""
     has_triton: bool
     has_flashinfer: bool
 
 
 @cache
 def capability() -> Capability:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return Capability(
         cpu_cores=tuple(sorted(os.sched_getaffinity(0))),
-        cuda_arch=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
+        num_gpus=num_gpus,
+        cuda_arch=torch.cuda.get_device_capability() if num_gpus else None,
         has_triton=importlib.util.find_spec("triton") is not None,
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None,
     )

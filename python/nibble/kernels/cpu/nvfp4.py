@@ -74,7 +74,7 @@ class Nvfp4Linear:
 class Nvfp4MoE:
     """The experts `first_expert`, … of a layer; see `kernels.torch.fused_moe.fused_moe_nvfp4`."""
 
-    def __init__(self, packed: PackedNvfp4Experts, first_expert: int) -> None:
+    def __init__(self, packed: PackedNvfp4Experts, first_expert: int, num_experts: int | None = None) -> None:
         self.w13 = TiledWeight.from_checkpoint(packed.w13, packed.w13_scales)
         self.w2 = TiledWeight.from_checkpoint(packed.w2, packed.w2_scales)
         self.scales = [scale.contiguous() for scale in (packed.g1_gate_up, packed.w2_input_scale, packed.g2)]

@@ -115,7 +115,7 @@ def fused_moe_nvfp4(
 class Nvfp4MoE:
     """The experts `first_expert`, … of a layer, dequantized once."""
 
-    def __init__(self, packed: PackedNvfp4Experts, first_expert: int) -> None:
+    def __init__(self, packed: PackedNvfp4Experts, first_expert: int, num_experts: int | None = None) -> None:
         self.weights = Nvfp4Experts(
             w13=_dequantize_stack(packed.w13, packed.w13_scales),
             w2=_dequantize_stack(packed.w2, packed.w2_scales),

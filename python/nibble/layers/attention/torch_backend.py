@@ -1,4 +1,4 @@
-"""Paged attention in torch: the CPU backend, and the reference for the others."""
+"""Paged attention in torch, on any device: the reference for the others."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,8 +22,9 @@ class SequenceGroup:
     def mask(self, num_slots: int, heads_per_kv_head: int) -> torch.Tensor:
         """[B, 1, G * Q, L] or [B, 1, 1, L], True where a query may look."""
         # Query j of a sequence is its token seq_len - query_len + j.
-        last = self.seq_lens[:, None] - self.query_len + torch.arange(self.query_len)  # [B, Q]
-        mask = torch.arange(num_slots) <= last[:, :, None]  # [B, Q, L]
+        device = self.seq_lens.device
+        last = self.seq_lens[:, None] - self.query_len + torch.arange(self.query_len, device=device)  # [B, Q]
+        mask = torch.arange(num_slots, device=device) <= last[:, :, None]  # [B, Q, L]
         return (mask.repeat(1, heads_per_kv_head, 1) if self.query_len > 1 else mask)[:, None]
 
 
@@ -58,7 +59,8 @@ class TorchAttentionBackend:
                 table[position // size] * size + position % size
                 for query_len, seq_len, table in zip(batch.query_lens, batch.seq_lens, batch.page_tables, strict=True)
                 for position in range(seq_len - query_len, seq_len)
-            ]
+            ],
+            device=self.pool.device,
         )
 
     def _group(self, batch: AttentionBatch, first_row: int, members: range) -> SequenceGroup:
@@ -66,7 +68,13 @@ class TorchAttentionBackend:
         width = -(-max(seq_lens) // self.pool.page_size)
         tables = [batch.page_tables[i][:width] for i in members]
         pages = [[*table, *[0] * (width - len(table))] for table in tables]
-        return SequenceGroup(first_row, batch.query_lens[members.start], torch.tensor(pages), torch.tensor(seq_lens))
+        device = self.pool.device
+        return SequenceGroup(
+            first_row,
+            batch.query_lens[members.start],
+            torch.tensor(pages, device=device),
+            torch.tensor(seq_lens, device=device),
+        )
 
 
 class TorchAttentionStep:

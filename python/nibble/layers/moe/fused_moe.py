@@ -38,7 +38,7 @@ class FusedMoE:
         moe = config.model.moe
         assert moe is not None
         self.top_k, self.renormalize = moe.top_k, moe.norm_topk_prob
-        self.topk_softmax = select_kernels(config.cpu_kernels, config.moe_kernel).topk_softmax
+        self.topk_softmax = select_kernels(config.kernels, config.moe_kernel).topk_softmax
         self.method, self.dispatcher = _make_method(config, parallel, prefix)
 
     def __call__(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Fp4AllGatherDispatcher:
 
     def __init__(self, config: EngineConfig, top_k: int) -> None:
         self.layout = WireRowLayout(config.model.hidden_size, top_k)
-        self.quantize_pack = select_kernels(config.cpu_kernels, config.moe_kernel).quantize_pack
+        self.quantize_pack = select_kernels(config.kernels, config.moe_kernel).quantize_pack
         self.input_scale: torch.Tensor | None = None
         """fp32 scalar, the same on all ranks; set once the weights are loaded."""
 

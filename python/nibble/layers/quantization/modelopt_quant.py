@@ -124,7 +124,7 @@ class ModelOptNvFp4FusedMoEMethod:
         self.experts = parallel.local_experts(moe.num_experts)
         self.dtype = torch_dtype(config.dtype)
         self.fp4_dispatcher = fp4_dispatcher
-        self.kernels = select_kernels(config.cpu_kernels, config.moe_kernel)
+        self.kernels = select_kernels(config.kernels, config.moe_kernel)
         self.gate = [Nvfp4Weight(width, hidden) for _ in self.experts]
         self.up = [Nvfp4Weight(width, hidden) for _ in self.experts]
         self.down = [Nvfp4Weight(hidden, width) for _ in self.experts]
@@ -149,7 +149,7 @@ class ModelOptNvFp4FusedMoEMethod:
             w2_input_scale=w2_input_scale,
             g2=w2_input_scale * down_scale_2,
         )
-        self.kernel = self.kernels.nvfp4_moe(packed, self.experts.start)
+        self.kernel = self.kernels.nvfp4_moe(packed, self.experts.start, self.num_experts)
         del self.gate, self.up, self.down
 
     def apply(self, rows: GatheredRows | UnpackedRows) -> torch.Tensor:

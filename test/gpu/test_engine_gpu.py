@@ -1,0 +1,95 @@
+"""The engine on a GPU: the FP4 gather changes no bit, and the demo model answers as it does on the CPU."""
+
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import nibble
+from nibble.distributed.pynccl import multi_rank_gpu_environment
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tools.demo_model.data import heldout
+
+import test_fp4_allgather as on_cpu
+from rank_processes import RankProcesses
+
+pytestmark = pytest.mark.gpu
+checkpoint = on_cpu.checkpoint
+
+DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
+COUNT = 200
+NEAR_TIE = 0.5
+"""Natural-log probability between the two likeliest tokens; BF16 activations and FP4 round by up to a few percent."""
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request, tmp_path_factory) -> Iterator[RankProcesses]:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in multi_rank_gpu_environment(request.param).items():
+            environment.setenv(name, value)
+        with RankProcesses(request.param, tmp_path_factory.mktemp("ranks")) as processes:
+            yield processes
+
+
+def test_fp4_gather_on_and_off_give_the_same_bits(ranks, checkpoint):
+    for sizes in on_cpu.SIZES[ranks.world_size]:
+        arguments = {"folder": str(checkpoint), "sizes": sizes, "backend": "shared_memory", "device": "cuda"}
+        on = ranks.run(on_cpu.forward, fp4=True, **arguments)
+        off = ranks.run(on_cpu.forward, fp4=False, **arguments)
+        assert [result["bits"] for result in on] == [result["bits"] for result in off], sizes
+        for result, size in zip(on, sizes, strict=True):
+            assert len(result["logits"]) == size
+            assert torch.tensor(result["logits"]).isfinite().all()
+
+
+@cache
+def answers(device: str, ranks: int) -> list[dict]:
+    with nibble.Engine(
+        model_path=str(DEMO_MODEL),
+        device=device,
+        tp_size=ranks,
+        dp_size=ranks,
+        ep_size=ranks,
+        enable_dp_attention=True,
+        enable_flashinfer_cutlass_moe=True,
+        max_total_tokens=65536,
+        log_level="warning",
+    ) as engine:
+        prompts = [engine.tokenizer.apply_chat_template(conversation.prompt) for conversation in heldout(COUNT)]
+        sampling = {"temperature": 0, "max_new_tokens": 64}
+        outputs = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, top_logprobs_num=2)
+    assert {output["meta_info"]["dp_rank"] for output in outputs} == set(range(ranks))
+    return outputs
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_answers_are_those_of_the_cpu_but_for_near_ties(num_ranks):
+    same = total = 0
+    for expected, found in zip(answers("cpu", 1), answers("cuda", num_ranks), strict=True):
+        a, b = expected["output_ids"], found["output_ids"]
+        position = next((i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]), len(a))
+        same, total = same + position, total + len(a)
+        if position < len(a):
+            best, runner_up, *_ = expected["meta_info"]["output_top_logprobs"][position]
+            assert best[0] - runner_up[0] < NEAR_TIE, (expected["text"], found["text"])
+            assert b[position : position + 1] == [runner_up[1]], (expected["text"], found["text"])
+    print(f"{num_ranks} ranks: {same} of {total} tokens before a difference")
+    assert same >= 0.99 * total
+
+
+def test_sampled_tokens_repeat_with_the_seed_and_penalties_apply_on_the_gpu():
+    sampling = {
+        "temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1,
+        "frequency_penalty": 0.1, "sampling_seed": 7, "max_new_tokens": 24, "min_new_tokens": 4, "logit_bias": {"5": -2.0},
+    }  # fmt: skip
+    with nibble.Engine(model_path=str(DEMO_MODEL), device="cuda", log_level="warning") as engine:
+        assert engine.config.num_pages is None, "the KV cache takes what the weights leave"
+        prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": "What is 17 plus 25?"}])
+        first, second = (engine.generate(input_ids=prompt, sampling_params=sampling)["output_ids"] for _ in range(2))
+    assert first == second and len(first) >= 4
