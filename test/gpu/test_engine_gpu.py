@@ -86,7 +86,8 @@ def test_the_answers_are_those_of_the_cpu_but_for_near_ties(num_ranks):
 def test_sampled_tokens_repeat_with_the_seed_and_penalties_apply_on_the_gpu():
     sampling = {
         "temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1,
-        "frequency_penalty": 0.1, "sampling_seed": 7, "max_new_tokens": 24, "min_new_tokens": 4, "logit_bias": {"5": -2.0},
+        "frequency_penalty": 0.1, "sampling_seed": 7, "max_new_tokens": 24, "min_new_tokens": 4,
+        "logit_bias": {"5": -2.0},
     }  # fmt: skip
     with nibble.Engine(model_path=str(DEMO_MODEL), device="cuda", log_level="warning") as engine:
         assert engine.config.num_pages is None, "the KV cache takes what the weights leave"
