@@ -1,0 +1,203 @@
+"""Times dispatch and combine of one MoE layer between ranks on GPUs, DeepSeek-R1's dimensions, under CUDA graphs.
+
+    python benchmark/comm/dispatch.py [--ranks 8] [--rows 8 32 128 512 2048] [--plot dispatch.png]
+
+Ranks beyond the number of GPUs share them; start NVIDIA's Multi-Process Service first. Prints a table in microseconds
+per call, then one JSON line. Every figure is the median of replays of a graph of several calls, as rank 0 sees it.
+"even" gives every rank the same rows, "uneven" gives rank r up to 3/8 more or fewer. What counts as a call:
+
+    FP4 packed   quantize, pack into wire rows, gather one tensor (quantization is part of the time)
+    FP4 list     gather values, scales, expert ids and weights, quantized before and not timed, as four tensors
+    BF16         gather the rows, expert ids and weights, not quantized
+    all-reduce   put the own BF16 rows into zeros and sum over the ranks, which padding to a common size allows
+    combine      sum the partial results, and keep the own rows
+
+The floor is what moving the rows once would take: every rank of a GPU reads and writes all rows (FP4 packed, or BF16
+for the combine, which reads as many terms as there are ranks) at the rate of a copy within the GPU's memory.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nibble.distributed.pynccl import PyNcclCommunicator, multi_rank_gpu_environment
+from nibble.distributed.shared_memory import SharedMemoryCommunicator
+from nibble.kernels.torch.wire_row import WireRowLayout
+from nibble.kernels.triton.wire_row import quantize_pack, unpack
+
+HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 7168, 8, 256
+LAYOUT = WireRowLayout(HIDDEN_SIZE, TOP_K)
+CALLS, REPLAYS = 8, 9
+COPY_BYTES = 1 << 30
+
+Results = dict[str, dict[str, float]]  # microseconds by rows per rank and case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 128, 512, 2048], help="rows per rank")
+    parser.add_argument("--plot", type=Path, help="also draw the table into this file; needs matplotlib")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # set in the processes that this one starts
+    parser.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank is not None:
+        measure_as_rank(args.rank, args.ranks, args.rows, args.run_dir)
+        return
+    results = start_ranks(args.ranks, args.rows)
+    print_table(results)
+    machine = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "ranks": args.ranks}
+    print(json.dumps({"benchmark": "dispatch", "unit": "us", "machine": machine, "results": results}))
+    if args.plot:
+        plot(results, args.plot)
+
+
+def start_ranks(num_ranks: int, rows: list[int]) -> Results:
+    ranks_per_gpu = -(-num_ranks // torch.cuda.device_count())
+    with tempfile.TemporaryDirectory() as run_dir:
+        command = [sys.executable, __file__, "--ranks", str(num_ranks), "--rows", *map(str, rows)]
+        ranks = [
+            subprocess.Popen(
+                [*command, "--run-dir", run_dir, "--rank", str(rank)],
+                env=os.environ | multi_rank_gpu_environment(ranks_per_gpu),
+                stdout=subprocess.PIPE if rank == 0 else None,
+                text=True,
+            )
+            for rank in range(num_ranks)
+        ]
+        output, _ = ranks[0].communicate()
+        if any(rank.wait() for rank in ranks):
+            raise SystemExit("a rank failed")
+    results: Results = json.loads(output)
+    return results
+
+
+def measure_as_rank(rank: int, num_ranks: int, rows: list[int], run_dir: Path) -> None:
+    device = torch.device("cuda", rank * torch.cuda.device_count() // num_ranks)
+    torch.cuda.set_device(device)
+    cpu_group = SharedMemoryCommunicator(rank, num_ranks, run_dir, "benchmark", timeout_s=60)
+    bytes_per_second = copy_rate(device) if rank == 0 else 0.0  # alone on the GPU
+    cpu_group.barrier()
+    group = PyNcclCommunicator(cpu_group, "dispatch", 60, device)
+    ranks_per_gpu = -(-num_ranks // torch.cuda.device_count())
+    results: Results = {}
+    for size in rows:
+        times = {name: time_graph(call, group, cpu_group) for name, call in cases(group, size).items()}
+        moved = ranks_per_gpu * size * num_ranks / bytes_per_second * 1e6 if rank == 0 else 0.0
+        times["floor, FP4"] = 2 * moved * LAYOUT.row_bytes
+        times["floor, combine"] = moved * 2 * HIDDEN_SIZE * (1 + 1 / num_ranks)
+        results[str(size)] = {name: round(value, 1) for name, value in times.items()}
+    group.barrier()
+    group.close()
+    cpu_group.close()
+    if rank == 0:
+        print(json.dumps(results))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read plus bytes written a second, of a large copy within the device."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    for _ in range(3):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    rate = 20 * COPY_BYTES / (time.perf_counter() - start)
+    del source, target
+    torch.cuda.empty_cache()
+    return rate
+
+
+def cases(group: PyNcclCommunicator, mean: int) -> dict[str, Callable[[], object]]:
+    even = [mean] * group.world_size
+    # The same sum of differences on every machine; none is empty.
+    uneven = [max(1, mean + mean * (rank * 5 % 7 - 3) // 8) for rank in range(group.world_size)]
+    calls: dict[str, Callable[[], object]] = {}
+    for name, sizes in (("even", even), ("uneven", uneven)):
+        for case, call in cases_of_sizes(group, sizes).items():
+            calls[f"{case}, {name}"] = call
+    return calls
+
+
+def cases_of_sizes(group: PyNcclCommunicator, sizes: list[int]) -> dict[str, Callable[[], object]]:
+    device, rows = group.device, sizes[group.rank]
+    x = torch.randn(rows, HIDDEN_SIZE, device=device, dtype=torch.bfloat16)
+    ids = torch.randint(0, NUM_EXPERTS, (rows, TOP_K), device=device, dtype=torch.int32)
+    weights = torch.rand(rows, TOP_K, device=device)
+    input_scale = torch.tensor(3e-3, device=device)
+    fields = unpack(quantize_pack(x, ids, weights, input_scale), LAYOUT)
+    four = [fields.x_fp4, fields.x_scale, fields.topk_ids, fields.topk_weights]
+    partial = torch.randn(sum(sizes), HIDDEN_SIZE, device=device, dtype=torch.bfloat16)
+    start = sum(sizes[: group.rank])
+
+    def pad_and_all_reduce() -> torch.Tensor:
+        everything = x.new_zeros(sum(sizes), HIDDEN_SIZE)
+        everything[start : start + rows] = x
+        return group.all_reduce(everything)
+
+    return {
+        "FP4 packed": lambda: group.all_gatherv(quantize_pack(x, ids, weights, input_scale), sizes),
+        "FP4 list": lambda: group.all_gatherv(four, sizes),
+        "BF16": lambda: group.all_gatherv([x, ids, weights], sizes),
+        "all-reduce": pad_and_all_reduce,
+        "combine": lambda: group.reduce_scatterv(partial, sizes),
+    }
+
+
+def time_graph(call: Callable[[], object], group: PyNcclCommunicator, cpu_group: SharedMemoryCommunicator) -> float:
+    """Median microseconds a call."""
+    stream = torch.cuda.Stream(group.device)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+        group.synchronize()
+        cpu_group.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(CALLS):
+                call()
+        times = []
+        for _ in range(REPLAYS):
+            cpu_group.barrier()
+            begin = time.perf_counter()
+            graph.replay()
+            group.synchronize()
+            times.append((time.perf_counter() - begin) / CALLS * 1e6)
+    cpu_group.barrier()
+    return statistics.median(times)
+
+
+def print_table(results: Results) -> None:
+    print(f"{'us per call, rows per rank':28}" + "".join(f"{rows:>9}" for rows in results))
+    for case in next(iter(results.values())):
+        print(f"{case:28}" + "".join(f"{times[case]:9.1f}" for times in results.values()))
+
+
+def plot(results: Results, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    rows = [int(size) for size in results]
+    for case in next(iter(results.values())):
+        plt.plot(rows, [times[case] for times in results.values()], label=case, ls="--" if "floor" in case else "-")
+    plt.xscale("log", base=2)
+    plt.yscale("log")
+    plt.xlabel("rows per rank")
+    plt.ylabel("microseconds per call")
+    plt.legend(fontsize="small")
+    plt.savefig(path, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
