@@ -218,17 +218,22 @@ def apply(group: Communicator, seed: int, collective: str, sizes: list[int]) -> 
 def dawdling(chance: random.Random) -> Iterator[None]:
     """Makes one copy or sum in four slow to start, so that ranks are inside different phases of a round."""
 
-    def slow(function: Callable[..., None]) -> Callable[..., None]:
-        def start_late(*arguments: Any) -> None:
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        def start_late(*arguments: Any) -> Any:
             if chance.random() < 0.25:
                 time.sleep(chance.random() * 0.002)
-            function(*arguments)
+            return function(*arguments)
 
         return start_late
 
     with ExitStack() as patches:
-        for module, name in ((shared_memory.ctypes, "memmove"), (shared_memory, "sum_in_rank_order")):
-            patches.enter_context(mock.patch.object(module, name, slow(getattr(module, name))))
+        for owner, name in (
+            (shared_memory.SharedMemoryCommunicator, "_next_half"),
+            (shared_memory.SharedMemoryCommunicator, "_header_of"),
+            (shared_memory.ctypes, "memmove"),
+            (shared_memory, "sum_in_rank_order"),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, slow(getattr(owner, name))))
         yield
 
 

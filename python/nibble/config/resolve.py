@@ -62,7 +62,7 @@ class EngineConfig:
         """One line for each choice that was left to the engine."""
         parallel, gather = self.parallel, self.fp4_allgather
         collectives = "nccl" if self.device == "cuda" else self.cpu_collectives
-        size = f"{self.num_pages * self.args.page_size} tokens" if self.num_pages else "what fits of tokens"
+        size = f"{self.num_pages * self.args.page_size} tokens" if self.num_pages else "as many tokens as fit"
         return [
             f"FP4 all-gather is {'on' if gather.enabled else 'off'}: {gather.reason}",
             f"ranks: tp={parallel.tp_size} dp={parallel.dp_size} ep={parallel.ep_size}, "
@@ -77,7 +77,7 @@ class EngineConfig:
 
     def _device_in_words(self) -> str:
         if self.device == "cuda":
-            return f"{self.num_gpus} GPUs with {self.ranks_per_gpu} ranks each" if self.num_gpus > 1 else "1 GPU"
+            return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each)"
         cores = "cores of its own" if self.rank_cores else "any core"
         reason = f", {self.no_gpu}" if self.no_gpu else ""
         return f"cpu ({self.cpu_threads} threads a rank, {cores}{reason})"

@@ -30,12 +30,11 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +98,9 @@ class SharedMemoryCommunicator(Communicator):
         self._addresses = [_address(segment) for segment in self._segments]
         # With fewer cores than ranks, a rank that looks keeps a core from the peer that it waits for.
         has_core = world_size <= len(os.sched_getaffinity(0))
-        self._spins, self._yields = (SPINS, YIELDS) if has_core else (0, 0)
+        looks = (SPINS, YIELDS) if has_core else (0, 0)
+        self._pointers = (ctypes.c_void_p * world_size)(*self._addresses)
+        self._group = _Group(ctypes.addressof(self._pointers), rank, world_size, *looks)
 
     def close(self) -> None:
         for link in self._links.values():
@@ -118,21 +119,14 @@ class SharedMemoryCommunicator(Communicator):
         total = sum(sizes)
         outputs = [tensor.new_empty((total, *tensor.shape[1:])) for tensor in tensors]
         plan = _plan_gather(sizes, tuple([output.nbytes // total for output in outputs]), self._half_bytes)
-        sources = [tensor.data_ptr() for tensor in tensors]
-        targets = [output.data_ptr() for output in outputs]
-        for copies in plan.rounds:
-            own, half = self._next_half()
-            for copy in copies[self.rank]:
-                ctypes.memmove(own + copy.at, sources[copy.tensor] + copy.in_rows, copy.num_bytes)
-            self._announce(plan.signature)
-            for copy in copies[self.rank]:
-                source = sources[copy.tensor] + copy.in_rows
-                ctypes.memmove(targets[copy.tensor] + copy.in_output, source, copy.num_bytes)
-            self._wait()
-            for peer in self._links:
-                segment = self._addresses[peer] + half
-                for copy in copies[peer]:
-                    ctypes.memmove(targets[copy.tensor] + copy.in_output, segment + copy.at, copy.num_bytes)
+        sources, targets = _pointers(tensors), _pointers(outputs)
+        for copies, first in plan.rounds:
+            half = self._next_half()
+            header = self._header_of(plan.signature)
+            where = half, copies, first
+            if not self._library.gather(self._group, self._round, header, *where, sources, targets):
+                self._wait(header)
+                self._library.take_rows(self._group, *where, targets)
         return outputs
 
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -143,13 +137,13 @@ class SharedMemoryCommunicator(Communicator):
         own_rows = x.view(-1)[plan.starts[self.rank] // itemsize :]
         output = x.new_empty(num_bytes // itemsize)
         for begin in range(0, plan.most, slot_bytes):
-            own, half = self._next_half()
+            half = self._next_half()
+            own = self._addresses[self.rank] + half
             for peer in self._links:
                 count = min(slot_bytes, plan.num_bytes[peer] - begin)
                 if count > 0:
                     ctypes.memmove(own + peer * slot_bytes, source + plan.starts[peer] + begin, count)
-            self._announce(plan.signature)
-            self._wait()
+            self._meet(plan.signature)
             first, last = begin // itemsize, min(begin + slot_bytes, num_bytes) // itemsize
             if first < last:
                 terms = self._slots(half + self.rank * slot_bytes, own_rows[first:last])
@@ -167,39 +161,40 @@ class SharedMemoryCommunicator(Communicator):
 
     def _broadcast(self, x: Tensor, src: int) -> None:
         for begin in range(0, x.nbytes, self._half_bytes):
-            own, half = self._next_half()
+            half = self._next_half()
             count = min(self._half_bytes, x.nbytes - begin)
             if self.rank == src:
-                ctypes.memmove(own, x.data_ptr() + begin, count)
-            self._announce(hash((src, x.nbytes)))
-            self._wait()
+                ctypes.memmove(self._addresses[src] + half, x.data_ptr() + begin, count)
+            self._meet(hash((src, x.nbytes)))
             if self.rank != src:
                 ctypes.memmove(x.data_ptr() + begin, self._addresses[src] + half, count)
 
     def _barrier(self) -> None:
         self._next_half()
-        self._announce(0)
-        self._wait()
+        self._meet(0)
 
-    def _next_half(self) -> tuple[int, int]:
-        """Starts a round. Returns where to write, and the offset of this round's half in every segment."""
+    def _next_half(self) -> int:
+        """Starts a round. Returns where its half begins in every segment."""
         self._round = (self._round + 1) & 0xFFFFFFFF
-        half = BOARD_BYTES + (self._round & 1) * self._half_bytes
-        return self._addresses[self.rank] + half, half
+        return BOARD_BYTES + (self._round & 1) * self._half_bytes
 
-    def _announce(self, signature: int) -> None:
-        self._header = HEADER.pack(self._round, COLLECTIVES.index(self._collective), signature)
-        self._library.announce(self._addresses[self.rank], self._round, self._header)
+    def _header_of(self, signature: int) -> bytes:
+        return HEADER.pack(self._round, COLLECTIVES.index(self._collective), signature)
 
-    def _wait(self) -> None:
-        """Until every peer has announced this round, with the same header."""
+    def _meet(self, signature: int) -> None:
+        """Announces this round; returns once every peer has, with the same header."""
+        header = self._header_of(signature)
+        if not self._library.meet(self._group, self._round, header):
+            self._wait(header)
+
+    def _wait(self, header: bytes) -> None:
+        """As long as it takes, after the announcement."""
         place = ROUND_BYTES + (self._round & 1) * HEADER.size
         for peer, link in self._links.items():
-            if self._library.await_peer(self._addresses[peer], self._round, self._spins, self._yields, 0) != ANNOUNCED:
-                self._sleep_until_announced(peer, link)
-            header = self._segments[peer][place : place + HEADER.size]
-            if header != self._header:
-                raise PeerError(_out_of_step(peer, header, self._header))
+            self._sleep_until_announced(peer, link)
+            theirs = self._segments[peer][place : place + HEADER.size]
+            if theirs != header:
+                raise PeerError(_out_of_step(peer, theirs, header))
 
     def _sleep_until_announced(self, peer: int, link: socket.socket) -> None:
         deadline = time.monotonic() + self._timeout_s
@@ -237,19 +232,25 @@ def _last_words(link: socket.socket) -> str:
     return ""
 
 
-class _Copy(NamedTuple):
-    """A part of one rank's rows of one tensor, in bytes."""
+class _Group(ctypes.Structure):
+    """`Group` of rendezvous.c."""
 
-    tensor: int
-    in_rows: int  # where it lies in the rank's own tensor,
-    in_output: int  # in the gathered one,
-    at: int  # and in the half of the segment
-    num_bytes: int
+    _fields_ = (
+        ("segments", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rank", "num_ranks", "spins", "yields")),
+    )
+
+
+class _Copy(ctypes.Structure):
+    """`Copy` of rendezvous.c: a part of one rank's rows of one tensor, in bytes."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("tensor", "in_rows", "in_output", "at", "num_bytes"))
 
 
 @dataclass(frozen=True)
 class _GatherPlan:
-    rounds: list[list[list[_Copy]]]  # for each round and rank
+    rounds: list[tuple["ctypes.Array[_Copy]", "ctypes.Array[ctypes.c_int64]"]]
+    """For each round the copies of all ranks, and where each rank's begin."""
     signature: int
 
 
@@ -267,7 +268,18 @@ def _plan_gather(sizes: tuple[int, ...], widths: tuple[int, ...], half_bytes: in
                 count = min(total - done, half_bytes - at)
                 rounds[round_number][rank].append(_Copy(tensor, done, start * width + done, at, count))
                 done, position = done + count, position + count
-    return _GatherPlan(rounds, hash((sizes, widths)))
+    return _GatherPlan([_flattened(copies) for copies in rounds], hash((sizes, widths)))
+
+
+def _flattened(copies: list[list[_Copy]]) -> tuple["ctypes.Array[_Copy]", "ctypes.Array[ctypes.c_int64]"]:
+    """The copies of all ranks one after the other, and where each rank's begin."""
+    everything = [copy for of_rank in copies for copy in of_rank]
+    first = list(accumulate(map(len, copies), initial=0))
+    return (_Copy * len(everything))(*everything), (ctypes.c_int64 * len(first))(*first)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 @dataclass(frozen=True)
@@ -307,9 +319,12 @@ def _out_of_step(peer: int, theirs: bytes, ours: bytes) -> str:
 @functools.cache
 def _rendezvous() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build_c_library(RENDEZVOUS)))
-    library.announce.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_char_p)
+    group, header, half = ctypes.POINTER(_Group), ctypes.c_char_p, ctypes.c_int64
+    library.meet.argtypes = (group, ctypes.c_uint32, header)
+    library.gather.argtypes = (group, ctypes.c_uint32, header, half, *[ctypes.c_void_p] * 4)
+    library.take_rows.argtypes = (group, half, *[ctypes.c_void_p] * 3)
     library.fail.argtypes = (ctypes.c_void_p,)
-    library.announce.restype = library.fail.restype = None
+    library.take_rows.restype = library.fail.restype = None
     library.await_peer.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_int, ctypes.c_int)
     return library
 
