@@ -17,6 +17,7 @@ MODELS = {
     "qwen3 with one key head": (save_qwen3, {"num_key_value_heads": 1, "rope_parameters": {"rope_theta": 777.0}}),
     "qwen3 with a key head for every query head": (save_qwen3, {"num_key_value_heads": 4}),
     "qwen3 with three query heads to a key head": (save_qwen3, {"num_attention_heads": 6}),
+    "qwen3 with heads that fill no vector": (save_qwen3, {"head_dim": 20, "num_key_value_heads": 1}),
     "qwen3-moe": (save_qwen3_moe, {}),
     "qwen3-moe without renormalized weights": (
         save_qwen3_moe,

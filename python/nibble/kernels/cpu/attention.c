@@ -60,7 +60,7 @@ void qk_norm_rope(const float *q, const float *k, int64_t rows, int64_t stride, 
 }
 
 /* k and v, rows of `size` values that lie `stride` apart, into rows `slots` of the caches; `size` is a multiple of
- * LANES for a bf16 cache. */
+ * LANES. */
 void store_kv(const float *k, int64_t k_stride, const float *v, int64_t v_stride, int64_t rows, int64_t size,
               const int64_t *slots, char *keys, char *values, int64_t itemsize) {
     for (int64_t row = 0; row < rows; row++, k += k_stride, v += v_stride) {

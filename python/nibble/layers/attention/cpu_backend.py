@@ -8,7 +8,7 @@ from nibble.kernels.cpu.library import c_kernels
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.layers.attention.torch_backend import SequenceGroup, TorchAttentionBackend, TorchAttentionStep
 
-_LANES = 16  # of vector.h: heads are a multiple of it
+_LANES = 16  # of vector.h: what C reads and writes is a multiple of it
 
 
 _SHORT_PROMPT = 64
@@ -39,7 +39,8 @@ class CpuAttentionStep(TorchAttentionStep):
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         rows, heads, size = k.shape
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        if k.dtype != torch.float32 or k.stride()[1:] != (size, 1) or v.stride()[1:] != (size, 1):
+        in_order = k.stride()[1:] == v.stride()[1:] == (size, 1)
+        if k.dtype != torch.float32 or not in_order or heads * size % _LANES:
             return super().store(layer, k, v)
         c_kernels().store_kv(
             k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), rows, heads * size, self.slots.data_ptr(),
