@@ -72,6 +72,7 @@ def measure_engine(model_path: Path, ranks: int, new_tokens: int, repeats: int) 
         ep_size=ranks,
         enable_dp_attention=True,
         enable_flashinfer_cutlass_moe=True,
+        disable_radix_cache=True,  # every repetition computes its prompts, as transformers does
         log_level="warning",
     ) as engine:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}

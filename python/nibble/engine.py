@@ -102,6 +102,10 @@ class Engine:
             return self._async_stream(body)
         return await asyncio.wrap_future(self._submit(self._generate(body)))
 
+    def flush_cache(self) -> None:
+        """Forgets all cached prefixes. Raises RequestError while requests run, as `/flush_cache` answers with 400."""
+        self._run(self._flush_cache())
+
     def shutdown(self) -> None:
         """Ends all processes of the engine. May be called twice."""
         if self._thread.is_alive():
@@ -123,6 +127,9 @@ class Engine:
             await engine.stop()
             raise
         return engine, ServerContext(engine, PromptEncoder(engine.tokenizer), RunningRequests(engine))
+
+    async def _flush_cache(self) -> None:
+        self._engine.flush_cache()
 
     async def _generate(self, body: GenerateRequest) -> Any:
         generation = NativeGeneration(body, self._context)

@@ -52,6 +52,7 @@ class GenerationOutput:
     output_ids: list[int]
     prompt_tokens: int
     cached_tokens: int
+    """Tokens of the prompt whose keys and values were in the prefix cache."""
     dp_rank: int
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None

@@ -18,6 +18,7 @@ from nibble.config.server_args import ServerArgs, parse_server_args
 from nibble.controller.async_engine import AsyncEngine
 from nibble.entrypoints.http_server import create_app
 from nibble.observability.logging import configure_logging
+from nibble.observability.metrics import EngineMetrics
 from nibble.utils.errors import ConfigError, EngineDeadError
 
 logger = logging.getLogger("nibble")
@@ -29,7 +30,7 @@ _CLOSE_SECONDS = 5
 def main(argv: Sequence[str] | None = None) -> None:
     """Serves until a signal ends it. Exit code 0 then; 1 if it can't start or a process of the engine dies."""
     args = parse_server_args(argv)
-    configure_logging(args.log_level, "server")
+    configure_logging(args.log_level, "server", args.log_format)
     setproctitle.setproctitle("nibble server")
     try:
         config = resolve(args)
@@ -71,10 +72,21 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
         server.should_exit = True
 
     engine = AsyncEngine(config, on_dead)
-    app = create_app(engine, api_key=args.api_key, max_request_bytes=args.max_request_bytes)
+    metrics = None
+    if args.enable_metrics:
+        metrics = EngineMetrics(engine.served_model_name, engine.dp_size, config.fp4_allgather.enabled)
+        engine.on_rank_stats = metrics.on_rank_stats
+    app = create_app(
+        engine,
+        api_key=args.api_key,
+        max_request_bytes=args.max_request_bytes,
+        metrics=metrics,
+        log_requests_level=args.log_requests_level if args.log_requests else None,
+    )
     server = _HttpServer(
         uvicorn.Config(
             app,
+            log_config=None,  # its warnings look like all other lines
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=_CLOSE_SECONDS,

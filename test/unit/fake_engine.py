@@ -14,7 +14,7 @@ from nibble.entrypoints.http_server import create_app
 from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, TokenLogprob
 from nibble.sampling_params import validate_sampling_params
 from nibble.tokenizer.detokenizer import IncrementalDetokenizer
-from nibble.utils.errors import EngineDeadError, OverloadedError
+from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
 from tiny_tokenizer import tiny_tokenizer
 
 COMPLETIONS = "/v1/completions"
@@ -42,6 +42,7 @@ class FakeEngine:
         self.requests: list[GenerationRequest] = []
         self.cut_short: list[str] = []
         """Requests whose generator was closed before they had finished."""
+        self.num_flushes = 0
         self.current_state: EngineState = "ready"
         self.hang_after: int | None = None
         """Generate so many tokens, then nothing more."""
@@ -67,6 +68,11 @@ class FakeEngine:
 
     def server_info(self) -> dict[str, Any]:
         return {"dp_size": self.dp_size, "api_key": "***"}
+
+    def flush_cache(self) -> None:
+        if self._aborted:
+            raise RequestError(f"{len(self._aborted)} requests run or wait")
+        self.num_flushes += 1
 
     def abort(self, request_id: str) -> None:
         assert request_id, "an empty id must never reach the engine"

@@ -83,6 +83,21 @@ def test_pages_of_a_failed_request_are_cleared_for_whoever_uses_them_next(make_b
     assert decode.forward(0, torch.ones(1, HEADS, SIZE), one, one).tolist() == [[1.0] * HEADS * SIZE]
 
 
+@pytest.mark.parametrize("make_backend", BACKENDS)
+def test_a_short_sequence_does_not_see_the_nan_of_a_longer_one_beside_it(make_backend):
+    """Page tables of one call are filled up to the same length."""
+    backend = make_backend(make_pool())
+    long, nan = torch.ones(PAGE, KV_HEADS, SIZE), torch.full((1, KV_HEADS, SIZE), float("nan"))
+    backend.plan(AttentionBatch([PAGE], [PAGE], [[0, 2]])).forward(0, torch.ones(PAGE, HEADS, SIZE), long, long)
+    step = backend.plan(AttentionBatch([1, 1], [1, PAGE + 1], [[1], [0, 2]]))
+    first_page_of_the_long_one = backend.pool.keys[0], backend.pool.values[0]
+    for cache in first_page_of_the_long_one:
+        cache[0] = float("nan")
+    out = step.forward(0, torch.ones(2, HEADS, SIZE), torch.cat([long[:1], nan]), torch.cat([long[:1], nan]))
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
 def test_attention_does_not_grow_with_what_other_sequences_hold():
     """Rows of a step are this rank's own: nothing is padded to the number of rows of all ranks."""
     backend = TorchAttentionBackend(make_pool())

@@ -285,8 +285,10 @@ def test_ranks_that_use_all_cores_keep_to_equal_shares_of_them(checkpoint, monke
     assert ("cores of its own" if expected else "any core") in " ".join(config.decisions())
 
 
-def machine(num_gpus: int = 1, arch: tuple[int, int] = (9, 0), has_triton: bool = True) -> Capability:
-    return Capability((0, 1), num_gpus, arch if num_gpus else None, has_triton, False)
+def machine(
+    num_gpus: int = 1, arch: tuple[int, int] = (9, 0), has_triton: bool = True, has_flashinfer: bool = False
+) -> Capability:
+    return Capability((0, 1), num_gpus, arch if num_gpus else None, has_triton, has_flashinfer)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +314,35 @@ def test_a_gpu_is_used_without_being_asked_for_and_not_when_told_so(checkpoint, 
     assert (config.device, config.dtype, config.kernels, config.moe_kernel) == ("cuda", "bfloat16", "triton", "triton")
     assert config.num_pages is None and config.rank_cores is None
     assert resolved(checkpoint(quantization=NVFP4), device="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize("arch", [(10, 0), (10, 3), (12, 0)])
+def test_flashinfers_experts_are_chosen_where_there_are_fp4_tensor_cores(checkpoint, monkeypatch, arch):
+    found = machine(arch=arch, has_flashinfer=True)
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: found)
+    for asked in ("auto", "flashinfer_cutlass"):
+        config = resolved(checkpoint(quantization=NVFP4), moe_kernel=asked)
+        assert (config.kernels, config.moe_kernel) == ("triton", "flashinfer_cutlass")
+        assert "of the experts: flashinfer_cutlass" in " ".join(config.decisions())
+    for asked in ("triton", "torch"):
+        assert resolved(checkpoint(quantization=NVFP4), moe_kernel=asked).moe_kernel == asked
+    assert "this engine runs on the CPU" in refused(checkpoint(), moe_kernel="flashinfer_cutlass", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (machine(arch=(9, 0), has_flashinfer=True), "compute capability 10.0 or newer, and this one has 9.0"),
+        (machine(arch=(10, 0)), "needs FlashInfer, which is not installed"),
+    ],
+)
+def test_without_flashinfers_experts_auto_takes_triton_and_asking_for_them_is_refused(
+    checkpoint, monkeypatch, found, reason
+):
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: found)
+    assert resolved(checkpoint(quantization=NVFP4)).moe_kernel == "triton"
+    message = refused(checkpoint(quantization=NVFP4), moe_kernel="flashinfer_cutlass")
+    assert reason in message and "use --moe-kernel torch or auto" in message
 
 
 @pytest.mark.parametrize(("gpus", "ranks", "shared"), [(1, 4, 4), (2, 4, 2), (3, 4, 2), (8, 4, 1)])

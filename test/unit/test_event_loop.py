@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nibble.distributed.communicator import Communicator, SingleRankCommunicator
-from nibble.ipc.messages import AbortRequest, NewRequest, TokenBatch, ToRank, Wake
+from nibble.ipc.messages import AbortRequest, FlushCache, NewRequest, TokenBatch, ToRank, Wake
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.sampler import SampledToken, SamplingRow
 from nibble.sampling_params import SamplingParams
@@ -97,7 +97,7 @@ def test_an_hour_of_silence_is_spent_waiting_for_messages_not_for_a_peer_in_a_co
 def test_a_message_that_brings_no_work_does_not_lead_a_sleeping_rank_into_a_collective_alone():
     """The abort of a request that has just ended reaches one rank only: the peers sleep on and would not come."""
     assert Rank([[AbortRequest("ended")], [AbortRequest("unknown")]]).run() == []
-    after_work = Rank([[new_request(1, max_new_tokens=1)], [], [AbortRequest("r1")]])
+    after_work = Rank([[new_request(1, max_new_tokens=1)], [], [AbortRequest("r1")], [FlushCache()]])
     assert after_work.run() == ["collective", "forward", "collective"]
 
 
@@ -118,3 +118,21 @@ def test_a_step_that_reaches_no_prompts_end_has_no_logits_to_sample_from():
     assert rank.sizes == [(8, 0), (8, 0), (4, 0)]
     assert rank.sampled == [1]
     assert len(rank.updates) == 1
+
+
+def test_each_update_says_how_much_of_the_prompt_was_cached():
+    inbox: list[list[ToRank]] = [[new_request(1, prompt=6, max_new_tokens=1)], [], [new_request(2, prompt=6)]]
+    rank = Rank(inbox)
+    rank.run()
+    assert [batch.updates[0].cached_tokens for batch in rank.updates] == [0, 4, 4, 4]
+
+
+def test_a_flush_is_done_before_the_next_message_is_read():
+    inbox: list[list[ToRank]] = [
+        [new_request(1, prompt=6, max_new_tokens=1)],
+        [],
+        [FlushCache(), new_request(2, prompt=6, max_new_tokens=1)],
+    ]
+    rank = Rank(inbox)
+    rank.run()
+    assert [batch.updates[0].cached_tokens for batch in rank.updates] == [0, 0]

@@ -77,6 +77,43 @@ def test_information_is_found_under_its_old_and_new_names(api, prefix):
     assert api.get(f"{prefix}server_info").json() == api.engine.server_info()
 
 
+# The prefix cache
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_the_cache_is_flushed(api, method):
+    response = api.request(method, "/flush_cache")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "flushed" in response.text
+    assert api.engine.num_flushes == 1
+
+
+def test_the_cache_is_not_flushed_while_requests_run(api):
+    async def flush_meanwhile() -> Any:
+        leave = asyncio.Event()
+        running = asyncio.create_task(conversation(api, COMPLETIONS, {"prompt": "Hi"}, [], leave))
+        while not api.engine.requests:
+            await asyncio.sleep(0)
+        async with api.http_client() as client:
+            response = await client.post("/flush_cache")
+        leave.set()
+        await running
+        return response
+
+    api.engine.hang_after = 1
+    response = api.run(flush_meanwhile())
+    assert response.status_code == 400
+    assert error_of(response)["message"] == "1 requests run or wait"
+    assert api.engine.num_flushes == 0
+
+
+@pytest.mark.parametrize("state", ["starting", "draining", "dead"])
+def test_the_cache_is_flushed_only_when_the_engine_is_ready(api, state):
+    api.engine.current_state = state
+    assert api.post("/flush_cache", {}).status_code == 503
+
+
 # Errors of HTTP itself
 
 
@@ -219,7 +256,7 @@ def test_the_openapi_schema_describes_every_body(api):
     bodies = {
         path: route["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
         for path, route in schema["paths"].items()
-        if "post" in route
+        if "requestBody" in route.get("post", {})
     }
     assert bodies == {
         COMPLETIONS: "CompletionRequest",

@@ -8,8 +8,16 @@ from nibble.scheduler.policy import RequestView, Snapshot, StepPlan, pages_for, 
 PAGE = 4
 
 
-def plan(running=(), waiting=(), free_pages=100, budget=8, max_running=16) -> StepPlan:
-    return plan_step(Snapshot(running, waiting, free_pages, PAGE, budget, max_running))
+def plan(running=(), waiting=(), available_pages=100, budget=8, max_running=16) -> StepPlan:
+    return plan_step(Snapshot(running, waiting, available_pages, PAGE, budget, max_running))
+
+
+def settled_plan(running, available_pages, budget=8) -> tuple[StepPlan, int]:
+    """The plan after as many retractions as it takes, and how many requests are left; none shares pages."""
+    running = list(running)
+    while (result := plan(running, (), available_pages, budget)).retracts:
+        available_pages += running.pop().pages
+    return result, len(running)
 
 
 def decoding(tokens: int) -> RequestView:
@@ -21,22 +29,22 @@ def prompt(tokens: int, computed: int = 0) -> RequestView:
 
 
 def test_nothing_to_do_is_an_empty_plan():
-    assert plan() == StepPlan((), (), ())
+    assert plan() == StepPlan()
 
 
 def test_every_running_request_decodes_while_a_prompt_is_chunked():
     result = plan(running=[decoding(5), decoding(9)], waiting=[prompt(20)], budget=8)
-    assert result == StepPlan(running=((0, 1), (1, 1)), admitted=(8,), retracted=())
+    assert result == StepPlan(running=((0, 1), (1, 1)), admitted=(8,))
 
 
 def test_a_started_prompt_goes_on_before_another_is_admitted():
     result = plan(running=[prompt(20, computed=8)], waiting=[prompt(3)], budget=8)
-    assert result == StepPlan(running=((0, 8),), admitted=(), retracted=())
+    assert result == StepPlan(running=((0, 8),))
 
 
 def test_the_budget_is_shared_by_several_prompts():
     result = plan(running=[prompt(10, computed=8)], waiting=[prompt(3), prompt(9)], budget=8)
-    assert result == StepPlan(running=((0, 2),), admitted=(3, 3), retracted=())
+    assert result == StepPlan(running=((0, 2),), admitted=(3, 3))
 
 
 def test_decoding_takes_nothing_from_the_prefill_budget():
@@ -48,28 +56,39 @@ def test_no_more_requests_run_than_allowed():
 
 
 def test_a_prompt_that_does_not_fit_waits_and_nobody_overtakes_it():
-    result = plan(running=[decoding(5)], waiting=[prompt(40), prompt(1)], free_pages=10, budget=64)
+    result = plan(running=[decoding(5)], waiting=[prompt(40), prompt(1)], available_pages=10, budget=64)
     assert result.admitted == ()
 
 
 def test_admission_leaves_a_page_for_each_running_request():
     running = [decoding(4), decoding(4)]  # both are about to need their second page
-    assert plan(running=running, waiting=[prompt(8)], free_pages=5).admitted == ()
-    assert plan(running=running, waiting=[prompt(8)], free_pages=6).admitted == (8,)
+    assert plan(running=running, waiting=[prompt(8)], available_pages=5).admitted == ()
+    assert plan(running=running, waiting=[prompt(8)], available_pages=6).admitted == (8,)
 
 
 def test_without_running_requests_a_prompt_may_take_every_page():
-    assert plan(waiting=[prompt(8)], free_pages=2).admitted == (8,)
+    assert plan(waiting=[prompt(8)], available_pages=2).admitted == (8,)
 
 
-def test_when_pages_run_out_the_youngest_gives_way_and_nobody_is_admitted():
+def test_of_a_prompt_only_what_is_not_cached_is_computed_and_counts_for_the_budget():
+    assert plan(waiting=[prompt(20, computed=16), prompt(9, computed=4)], budget=8).admitted == (4, 4)
+
+
+def test_pages_that_running_requests_hold_already_need_not_be_available():
+    shared = RequestView(computed=8, remaining=4, pages=2)
+    assert plan(waiting=[shared], available_pages=1).admitted == (4,)
+    assert plan(waiting=[shared._replace(pages=0)], available_pages=1).admitted == ()
+
+
+def test_when_pages_run_out_the_youngest_gives_way_before_anything_else_happens():
     running = [decoding(4), decoding(4), decoding(4)]  # each needs one more page
-    result = plan(running=running, waiting=[prompt(1)], free_pages=1)
-    assert result == StepPlan(running=((0, 1), (1, 1)), admitted=(), retracted=(2,))
+    assert plan(running, waiting=[prompt(1)], available_pages=2) == StepPlan(retracts=True)
+    assert settled_plan(running, available_pages=1) == (StepPlan(running=((0, 1), (1, 1))), 2)
 
 
 def test_the_last_one_standing_retracts_itself_only_when_it_cannot_grow():
-    assert plan(running=[decoding(4)], free_pages=0) == StepPlan((), (), retracted=(0,))
+    assert plan(running=[decoding(4)], available_pages=0).retracts
+    assert not plan(running=[decoding(4)], available_pages=1).retracts
 
 
 views = st.builds(
@@ -81,31 +100,30 @@ views = st.builds(
 
 @given(
     running=st.lists(views, max_size=8),
-    waiting=st.lists(st.integers(1, 60).map(prompt), max_size=8),
-    free_pages=st.integers(0, 60),
+    waiting=st.lists(st.builds(prompt, st.integers(21, 60), st.sampled_from([0, 4, 20])), max_size=8),
+    available_pages=st.integers(0, 60),
     budget=st.integers(1, 40),
 )
-def test_a_plan_never_exceeds_pages_budget_or_slots(running, waiting, free_pages, budget):
+def test_a_plan_never_exceeds_pages_budget_or_slots(running, waiting, available_pages, budget):
     max_running = 8
-    result = plan(running, waiting, free_pages, budget, max_running)
-    scheduled = dict(result.running)
-    assert not set(scheduled) & set(result.retracted)
-    assert result.retracted == tuple(range(len(running) - 1, len(running) - 1 - len(result.retracted), -1))
-    kept = len(running) - len(result.retracted)
-    assert kept + len(result.admitted) <= max(max_running, kept)
-    free = free_pages + sum(running[index].pages for index in result.retracted)
-    for index, tokens in scheduled.items():
+    result = plan(running, waiting, available_pages, budget, max_running)
+    assert result == StepPlan(retracts=True) or not result.retracts
+    assert len(running) + len(result.admitted) <= max_running
+    available = available_pages
+    for index, tokens in result.running:
         request = running[index]
         assert 1 <= tokens <= request.remaining
-        free -= pages_for(request.computed + tokens, PAGE) - request.pages
+        available -= pages_for(request.computed + tokens, PAGE) - request.pages
     for request, tokens in zip(waiting, result.admitted, strict=False):
         assert 1 <= tokens <= request.remaining
-        free -= pages_for(tokens, PAGE)
-    assert free >= 0
-    prefill = sum(tokens for index, tokens in scheduled.items() if running[index].remaining > 1)
+        available -= pages_for(request.computed + tokens, PAGE) - request.pages
+    assert available >= 0
+    prefill = sum(tokens for index, tokens in result.running if running[index].remaining > 1)
     assert prefill + sum(result.admitted) <= budget
 
 
-@given(running=st.lists(views, min_size=1, max_size=8), free_pages=st.integers(16, 60), budget=st.integers(1, 40))
-def test_the_oldest_request_always_gets_on(running, free_pages, budget):
-    assert dict(plan(running, (), free_pages, budget).running).get(0, 0) >= 1
+@given(running=st.lists(views, min_size=1, max_size=8), available_pages=st.integers(16, 60), budget=st.integers(1, 40))
+def test_the_oldest_request_always_gets_on(running, available_pages, budget):
+    result, left = settled_plan(running, available_pages, budget)
+    assert left >= 1
+    assert dict(result.running).get(0, 0) >= 1

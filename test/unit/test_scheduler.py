@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nibble.ipc.messages import NewRequest
 from nibble.kv_cache.allocator import PageAllocator
+from nibble.kv_cache.radix_cache import Node, encode_tokens
 from nibble.sampling_params import SamplingParams
 from nibble.scheduler.request import Request
 from nibble.scheduler.scheduler import ScheduledRequest, Scheduler, SchedulerLimits
@@ -18,18 +19,33 @@ CONTEXT = 32
 PAGE = 4
 
 
-def make_scheduler(num_pages: int = 16, budget: int = 8, max_running: int = 4) -> Scheduler:
-    limits = SchedulerLimits(PAGE, budget, max_running, CONTEXT, frozenset({EOS}))
+def make_scheduler(num_pages: int = 16, budget: int = 8, max_running: int = 4, reuse: bool = True) -> Scheduler:
+    limits = SchedulerLimits(PAGE, budget, max_running, CONTEXT, frozenset({EOS}), reuse)
     return Scheduler(limits, num_pages)
 
 
-def make_request(name: str, prompt: int, max_new_tokens: int, **sampling: object) -> Request:
+def make_request(name: str, prompt: int | Sequence[int], max_new_tokens: int, **sampling: object) -> Request:
+    """A request with this prompt, or one of that many tokens 1, 2, 3, …"""
     params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)  # type: ignore[arg-type]
-    return Request(NewRequest(1, name, list(range(1, prompt + 1)), params, 0, False, 0, 1))
+    tokens = list(range(1, prompt + 1)) if isinstance(prompt, int) else list(prompt)
+    return Request(NewRequest(1, name, tokens, params, 0, False, 0, 1))
 
 
 def finish(scheduler: Scheduler, step: Sequence[ScheduledRequest], token: int | None = 7) -> list[object]:
     return list(scheduler.finish_step(step, [token for entry in step if entry.samples]))
+
+
+def run(scheduler: Scheduler, *requests: Request) -> int:
+    """Runs these requests, and those that are there already, to their ends. Returns the tokens it computed."""
+    computed = 0
+    for request in requests:
+        scheduler.add(request)
+    while not scheduler.is_idle:
+        step = scheduler.schedule()
+        computed += sum(entry.num_tokens for entry in step)
+        finish(scheduler, step)
+    scheduler.check_idle()
+    return computed
 
 
 def test_a_prompt_longer_than_the_chunk_samples_only_at_its_end():
@@ -114,8 +130,16 @@ def test_aborting_frees_pages_of_running_and_forgets_waiting_requests():
 
 def test_a_leaked_page_is_found_at_idle():
     scheduler = make_scheduler()
-    scheduler.allocator.allocate(1)
+    scheduler.kv.allocator.allocate(1)
     with pytest.raises(RuntimeError, match="1 KV pages leaked"):
+        scheduler.check_idle()
+
+
+def test_a_prefix_that_is_still_held_is_found_at_idle():
+    scheduler = make_scheduler()
+    run(scheduler, make_request("a", prompt=5, max_new_tokens=1))
+    scheduler.kv.cache.acquire(encode_tokens([1, 2, 3, 4]))
+    with pytest.raises(RuntimeError, match="1 cached KV pages are still held"):
         scheduler.check_idle()
 
 
@@ -130,20 +154,200 @@ def test_a_page_is_never_freed_twice():
         allocator.allocate(3)
 
 
+# The prefix cache
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cached"),
+    [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (10, 8)],
+)
+def test_of_a_prompt_seen_before_whole_pages_are_reused_and_at_least_the_last_token_is_computed(prompt, cached):
+    scheduler = make_scheduler()
+    assert run(scheduler, make_request("first", prompt, max_new_tokens=1)) == prompt
+    again = make_request("again", prompt, max_new_tokens=1)
+    assert run(scheduler, again) == prompt - cached
+    assert again.cached_tokens == cached
+
+
+def test_without_reuse_every_prompt_is_computed_and_every_page_is_freed():
+    scheduler = make_scheduler(reuse=False)
+    for name in ("first", "again"):
+        request = make_request(name, prompt=9, max_new_tokens=3)
+        assert run(scheduler, request) == 11
+        assert request.cached_tokens == 0
+        assert scheduler.kv.allocator.num_used == 0
+
+
+def test_the_next_turn_of_a_conversation_reuses_the_answer_too():
+    scheduler = make_scheduler()
+    first = make_request("first", prompt=6, max_new_tokens=7)
+    run(scheduler, first)
+    second = make_request("second", [*first.token_ids, 20, 21, 22], max_new_tokens=1)
+    run(scheduler, second)
+    assert second.cached_tokens == 12  # 6 and 7 tokens, of which the last was never computed
+
+
+def test_running_requests_share_the_pages_of_a_prompt_as_soon_as_it_is_computed():
+    scheduler = make_scheduler()
+    first, second = (make_request(name, prompt=9, max_new_tokens=9) for name in ("first", "second"))
+    scheduler.add(first)
+    for _ in range(2):  # chunks of 8 and 1 tokens
+        finish(scheduler, scheduler.schedule())
+    scheduler.add(second)
+    step = scheduler.schedule()
+    assert second.pages[:2] == first.pages[:2]
+    assert second.pages[2] != first.pages[2], "what they write is their own"
+    assert second.cached_tokens == 8
+    finish(scheduler, step)
+    shared = first.pages[:2]
+    scheduler.abort("first")
+    assert second.pages[:2] == shared
+    assert run(scheduler) == 8
+    assert second.num_generated == 9
+
+
+def test_equal_prompts_that_were_computed_at_the_same_time_end_up_on_the_same_pages():
+    scheduler = make_scheduler()
+    requests = [make_request(name, prompt=4, max_new_tokens=9) for name in ("a", "b")]
+    for request in requests:
+        scheduler.add(request)
+    step = scheduler.schedule()
+    assert requests[0].pages != requests[1].pages
+    finish(scheduler, step)
+    assert requests[0].pages == requests[1].pages
+    assert scheduler.kv.allocator.num_used == 1
+
+
+def test_cached_pages_are_given_up_before_a_request_is():
+    scheduler = make_scheduler(num_pages=8)
+    run(scheduler, make_request("old", [30] * 28, max_new_tokens=1))
+    assert scheduler.kv.cache.num_pages == 7
+    run(scheduler, make_request("new", prompt=20, max_new_tokens=8))
+    assert scheduler.num_retracted == 0
+    assert scheduler.kv.cache.match(encode_tokens([30] * 28)).pages == 1
+    assert scheduler.kv.cache.match(encode_tokens(range(1, 21))).pages == 5
+
+
+def test_a_prefix_that_a_request_is_admitted_with_is_not_evicted_to_make_room_for_it():
+    scheduler = make_scheduler(num_pages=8, budget=32)
+    run(scheduler, make_request("old", prompt=17, max_new_tokens=1))
+    run(scheduler, make_request("newer", [30] * 16, max_new_tokens=1))
+    assert scheduler.kv.num_available == 8 and scheduler.kv.allocator.num_free == 0
+    request = make_request("a", prompt=30, max_new_tokens=1)
+    assert run(scheduler, request) == 14
+    assert request.cached_tokens == 16
+
+
+def test_a_retracted_request_computes_again_only_what_is_no_longer_cached():
+    scheduler = make_scheduler(num_pages=7, max_running=2)
+    old = make_request("old", [*range(1, 9)], max_new_tokens=9)
+    young = make_request("young", [*range(11, 19)], max_new_tokens=9)
+    scheduler.add(old)
+    scheduler.add(young)
+    while not scheduler.num_retracted:
+        finish(scheduler, scheduler.schedule())
+    assert scheduler.running == [old]
+    assert scheduler.kv.match(young).pages == 3
+    while young in scheduler.waiting:
+        cached = scheduler.kv.match(young).pages
+        step = scheduler.schedule()
+        entries = [entry for entry in step if entry.request is young]
+        finish(scheduler, step)
+    assert cached > 0
+    assert [entry.num_tokens for entry in entries] == [young.num_computed - cached * PAGE]
+    run(scheduler)
+    assert (old.num_generated, young.num_generated) == (9, 9)
+    assert young.cached_tokens == 0, "what it found when it came for the first time"
+
+
+def test_what_a_failed_request_computed_is_not_reused():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("bad", prompt=6, max_new_tokens=5))
+    finish(scheduler, scheduler.schedule(), None)
+    assert scheduler.kv.cache.num_pages == 0
+    scheduler.check_idle()
+
+
+def test_what_an_aborted_request_computed_is_reused_if_a_token_has_shown_it_to_be_finite():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", prompt=13, max_new_tokens=5))
+    finish(scheduler, scheduler.schedule())
+    pages = set(scheduler.running[0].pages)
+    scheduler.abort("a")
+    assert set(scheduler.take_dirty_pages()) == pages, "of half a prompt nothing is known"
+    assert scheduler.kv.cache.num_pages == 0
+    scheduler.add(make_request("b", prompt=6, max_new_tokens=5))
+    finish(scheduler, scheduler.schedule())
+    scheduler.abort("b")
+    assert scheduler.take_dirty_pages() == []
+    assert scheduler.kv.cache.num_pages == 1
+
+
+def test_flushing_forgets_what_no_running_request_uses():
+    scheduler = make_scheduler()
+    run(scheduler, make_request("ended", [30] * 9, max_new_tokens=1))
+    running = make_request("running", prompt=8, max_new_tokens=9)
+    scheduler.add(running)
+    finish(scheduler, scheduler.schedule())
+    scheduler.flush_cache()
+    assert scheduler.kv.cache.num_pages == 2
+    run(scheduler)
+    scheduler.flush_cache()
+    assert scheduler.kv.allocator.num_used == 0
+    again = make_request("again", prompt=8, max_new_tokens=1)
+    run(scheduler, again)
+    assert again.cached_tokens == 0
+
+
+NAN = "NaN"
+CLEARED = None
+
+
+class Memory:
+    """The KV cache of a model whose keys say what they depend on: all tokens up to theirs."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.slots: list[object] = [CLEARED] * (num_pages * PAGE)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.slots[page * PAGE : (page + 1) * PAGE] = [CLEARED] * PAGE
+
+    def forward(self, entry: ScheduledRequest, produces_nan: bool) -> bool:
+        """Writes the keys of a step, checks all that it attends to, and returns whether the logits are finite."""
+        request, end = entry.request, entry.request.num_computed + entry.num_tokens
+        slots = [page * PAGE + offset for page in request.pages for offset in range(PAGE)]
+        assert request.num_computed >= request.num_shared * PAGE, "pages that others share are never written"
+        for position in range(request.num_computed, end):
+            self.slots[slots[position]] = NAN if produces_nan else tuple(request.token_ids[: position + 1])
+        read = [self.slots[slot] for slot in slots[:end]]
+        expected = [tuple(request.token_ids[: position + 1]) for position in range(end)]
+        assert all(found in (NAN, right) for found, right in zip(read, expected, strict=True))
+        return NAN not in (self.slots[slot] for slot in slots)  # attention multiplies masked slots by zero
+
+
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random arrivals, steps, aborts and failed rows, against the plain expectation of each request."""
+    """Random arrivals, steps, aborts, flushes and failures, against the plain expectation of each request."""
+
+    reuse = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler(num_pages=9, budget=5, max_running=3)
+        self.scheduler = make_scheduler(num_pages=9, budget=5, max_running=3, reuse=self.reuse)
+        self.memory = Memory(9)
         self.live: dict[str, Request] = {}
         self.expected: dict[str, list[int]] = {}
+        self.failing: set[str] = set()
+        self.seen: list[list[int]] = [[]]
         self.count = 0
 
-    @rule(prompt=st.integers(1, 20), max_new_tokens=st.integers(1, 12))
-    def arrive(self, prompt, max_new_tokens):
+    @rule(data=st.data(), max_new_tokens=st.integers(1, 12))
+    def arrive(self, data, max_new_tokens):
+        """Some go on with what an earlier request had."""
+        beginning = data.draw(st.sampled_from(self.seen))[: data.draw(st.integers(0, 20))]
+        more = data.draw(st.lists(st.integers(5, 6), min_size=not beginning, max_size=22 - len(beginning)))
         self.count += 1
-        request = make_request(f"r{self.count}", prompt, max_new_tokens)
+        request = make_request(f"r{self.count}", beginning + more, max_new_tokens)
         self.live[request.request_id] = request
         self.expected[request.request_id] = list(request.token_ids)
         self.scheduler.add(request)
@@ -153,31 +357,59 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data):
         name = data.draw(st.sampled_from(sorted(self.live)))
         self.scheduler.abort(name)
-        del self.live[name]
+        self.forget(name)
+
+    @rule()
+    def flush(self):
+        self.scheduler.flush_cache()
 
     @rule(data=st.data())
     def step(self, data):
         step = self.scheduler.schedule()
         assert bool(step) == bool(self.live), "there is a step exactly when there is work"
+        self.memory.clear(self.scheduler.take_dirty_pages())
+        tokens: list[int | None] = []
+        for entry in step:
+            name = entry.request.request_id
+            if data.draw(st.integers(0, 9)) == 9:
+                self.failing.add(name)
+            finite = self.memory.forward(entry, produces_nan=name in self.failing)
+            assert finite == (name not in self.failing), "who fails, fails by itself"
+            if entry.samples:
+                tokens.append(data.draw(st.sampled_from([EOS, 5, 6])) if finite else None)
         sampling = [entry.request for entry in step if entry.samples]
-        tokens = data.draw(st.lists(st.sampled_from([EOS, 5, 6, None]), min_size=len(sampling), max_size=len(sampling)))
         reasons = self.scheduler.finish_step(step, tokens)
         for request, token, reason in zip(sampling, tokens, reasons, strict=True):
             if token is not None:
                 self.expected[request.request_id].append(token)
+            assert request.cached_tokens < request.prompt_length
             if reason is not None:
                 assert token in (None, EOS) or request.num_generated == request.sampling.max_new_tokens
-                del self.live[request.request_id]
-        self.scheduler.take_dirty_pages()
+                self.forget(request.request_id)
+
+    def forget(self, name: str) -> None:
+        self.seen.append(self.live.pop(name).token_ids)
+        self.failing.discard(name)
 
     @invariant()
-    def every_request_is_somewhere_with_its_own_tokens_and_pages(self):
+    def every_request_is_somewhere_with_its_own_tokens(self):
         known = [*self.scheduler.running, *self.scheduler.waiting]
         assert sorted(request.request_id for request in known) == sorted(self.live)
         for name, request in self.live.items():
             assert request.token_ids == self.expected[name]
-        pages = [page for request in known for page in request.pages]
-        assert len(pages) == len(set(pages)) == self.scheduler.allocator.num_used
+
+    @invariant()
+    def every_page_is_free_or_cached_or_one_requests_own(self):
+        kv = self.scheduler.kv
+        known = [*self.scheduler.running, *self.scheduler.waiting]
+        own = [page for request in known for page in request.pages[request.num_shared :]]
+        shared = {page for request in known for page in request.pages[: request.num_shared]}
+        cached = cached_pages(kv.cache.root)
+        assert len({*own, *cached}) == len(own) + len(cached) == kv.allocator.num_used
+        assert shared <= set(cached)
+        assert kv.cache.num_pages == len(cached)
+        assert kv.cache.num_evictable == len(cached) - len(shared)
+        assert self.reuse or not cached
 
     def teardown(self):
         for _ in range(2000):
@@ -188,8 +420,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_idle()
 
 
+def cached_pages(node: Node) -> list[int]:
+    return node.pages + [page for child in node.children.values() for page in cached_pages(child)]
+
+
+class WithoutReuse(SchedulerMachine):
+    reuse = False
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestWithoutReuse = WithoutReuse.TestCase
+TestWithoutReuse.settings = settings(max_examples=20, stateful_step_count=60, deadline=None)
 
 
 @settings(max_examples=30, deadline=None)

@@ -19,6 +19,7 @@ from nibble.utils.errors import ConfigError
 RENDEZVOUS = Path(__file__).parents[1] / "distributed"
 CPU_KERNELS = Path(__file__).parents[1] / "kernels" / "cpu"
 OLDEST_CUDA_ARCH = (8, 0)
+OLDEST_FP4_ARCH = (10, 0)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -114,7 +115,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         kernels=kernels,
-        moe_kernel=_resolve_moe_kernel(args, kernels),
+        moe_kernel=_resolve_moe_kernel(args, kernels, machine),
         no_c_kernels=no_c_kernels,
         cpu_collectives=cpu_collectives,
         cpu_threads=args.cpu_threads or max(1, len(machine.cpu_cores) // parallel.world_size),
@@ -183,16 +184,29 @@ def _resolve_c(asked: str, flag: str, sources: Path, compiled: str, otherwise: s
     return compiled, None
 
 
-def _resolve_moe_kernel(args: ServerArgs, kernels: str) -> str:
+def _resolve_moe_kernel(args: ServerArgs, kernels: str, machine: Capability) -> str:
     """`kernels` is what the rest of the model runs on."""
-    if args.moe_kernel in ("auto", "torch", kernels):
-        return kernels if args.moe_kernel == "auto" else args.moe_kernel
-    reasons = {
-        "c": "runs on a CPU, with a C compiler and without --cpu-kernels torch",
-        "triton": "needs a GPU, and this engine runs on the CPU",
-        "flashinfer_cutlass": "needs a GPU of compute capability 10.0 or newer and is not supported by this version",
+    no_gpu = None if kernels == "triton" else "needs a GPU, and this engine runs on the CPU"
+    refusals = {
+        "c": None if kernels == "c" else "runs on a CPU, with a C compiler and without --cpu-kernels torch",
+        "triton": no_gpu,
+        "flashinfer_cutlass": no_gpu or _why_not_cutlass(machine),
     }
-    raise ConfigError(f"--moe-kernel {args.moe_kernel} {reasons[args.moe_kernel]}; use --moe-kernel torch or auto")
+    if args.moe_kernel == "auto":
+        return kernels if refusals["flashinfer_cutlass"] else "flashinfer_cutlass"
+    if refusal := refusals.get(args.moe_kernel):
+        raise ConfigError(f"--moe-kernel {args.moe_kernel} {refusal}; use --moe-kernel torch or auto")
+    return args.moe_kernel
+
+
+def _why_not_cutlass(machine: Capability) -> str | None:
+    """Why FlashInfer's FP4 kernels do not run on this machine's GPU, if so."""
+    major, minor = machine.cuda_arch or (0, 0)
+    if (major, minor) < OLDEST_FP4_ARCH:
+        return f"needs a GPU of compute capability 10.0 or newer, and this one has {major}.{minor}"
+    if not machine.has_flashinfer:
+        return "needs FlashInfer, which is not installed (pip install 'nibble[cuda13]' or 'nibble[cuda12]')"
+    return None
 
 
 def _resolve_rank_cores(args: ServerArgs, cores: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from nibble.utils.errors import ConfigError
 
 
-def flag(default: Any, help: str, *aliases: str, choices: Sequence[str] | None = None) -> Any:
+def flag(default: Any, help: str, *aliases: str, choices: Sequence[Any] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
 
 
@@ -98,6 +98,9 @@ class ServerArgs:
     max_running_requests: int = flag(64, "Requests that run at once on one rank.")
     max_queued_requests: int = flag(1024, "Requests that wait at once, over all ranks; more get a 503.")
     chunked_prefill_size: int = flag(512, "Prompt tokens that one step of one rank processes at most.")
+    disable_radix_cache: bool = flag(
+        False, "Compute every prompt from its first token, even if another request had the same beginning."
+    )
     random_seed: int | None = flag(None, "Seed for requests that bring none. Default: drawn at start.")
 
     # Server
@@ -108,7 +111,18 @@ class ServerArgs:
     drain_timeout: float = flag(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl-C.")
     startup_timeout: float = flag(600.0, "Seconds until the server must be ready.")
     dist_timeout: float = flag(60.0, "Seconds that a rank waits for its peers in a collective.")
+
+    # Logs and metrics
     log_level: str = flag("info", "Least severe log line shown.", choices=("debug", "info", "warning", "error"))
+    log_format: str = flag("text", "Log lines as text, or as one JSON object each.", choices=("text", "json"))
+    log_requests: bool = flag(False, "Log each request and how it ended; --log-requests-level says how much of it.")
+    log_requests_level: int = flag(
+        2,
+        "What --log-requests shows. 0: ids, sizes, times; 1: and sampling parameters; "
+        "2: and the beginning of prompt and answer; 3: and all of them.",
+        choices=(0, 1, 2, 3),
+    )
+    enable_metrics: bool = flag(False, "Serve metrics for Prometheus at /metrics.")
 
 
 def _flag_name(name: str) -> str:

@@ -21,6 +21,7 @@ from nibble.controller.supervisor import Supervisor
 from nibble.generation import GenerationOutput, GenerationRequest
 from nibble.ipc.messages import (
     AbortRequest,
+    FlushCache,
     FromRank,
     NewRequest,
     RankFailed,
@@ -32,6 +33,7 @@ from nibble.ipc.messages import (
     engine_address,
     rank_address,
 )
+from nibble.observability.rank_stats import RankStats
 from nibble.sampling_params import validate_sampling_params
 from nibble.tokenizer.tokenizer import Tokenizer
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
@@ -55,6 +57,8 @@ class AsyncEngine:
         self.context_length = config.context_length
         self.dp_size = config.parallel.dp_size
         self._on_dead = on_dead
+        self.on_rank_stats: Callable[[RankStats], None] = lambda _: None
+        """Called with what a rank reports of itself, which ranks do with --enable-metrics."""
         self._state: State = "starting"
         self._death: str | None = None
         self._ready = asyncio.Event()
@@ -170,6 +174,18 @@ class AsyncEngine:
             self._send(state.rank, AbortRequest(request_id))
             state.end_aborted("aborted by the client")
 
+    def flush_cache(self) -> None:
+        """Forgets all cached prefixes: requests sent later find none. Raises RequestError while any request runs."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if self._requests:
+            raise RequestError(
+                f"the cache can't be flushed while requests run or wait, and there are {len(self._requests)}; "
+                "try again when they have ended"
+            )
+        for rank in range(self.dp_size):
+            self._send(rank, FlushCache())
+
     def _submit(self, request: GenerationRequest) -> RequestState:
         self._check(request)
         self._check_capacity()
@@ -255,6 +271,8 @@ class AsyncEngine:
                     state = self._requests.get(update.request_id)
                     if state is not None:
                         state.update(update)
+            case RankStats():
+                self.on_rank_stats(message)
             case RankStage():
                 self._stages[message.rank] = message.stage
                 logger.debug("rank %d: %s", message.rank, message.stage)

@@ -21,6 +21,7 @@ class RequestState:
             tokenizer, request.sampling.stop, request.sampling.skip_special_tokens
         )
         self._output_ids: list[int] = []
+        self._cached_tokens = 0
         self._logprobs: list[TokenLogprob] = []
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
@@ -32,6 +33,7 @@ class RequestState:
         if self._finish_reason is not None:
             return
         self._output_ids += update.token_ids
+        self._cached_tokens = update.cached_tokens
         self._logprobs += update.logprobs
         reason = update.finish_reason
         stopped_by_token = reason is not None and reason.type == "stop"
@@ -67,7 +69,7 @@ class RequestState:
             text=self._detokenizer.text,
             output_ids=self._output_ids.copy(),
             prompt_tokens=len(self.request.input_ids),
-            cached_tokens=0,
+            cached_tokens=self._cached_tokens,
             dp_rank=self.rank,
             finish_reason=self._finish_reason,
             logprobs=tuple(self._logprobs) if self.request.return_logprob else None,

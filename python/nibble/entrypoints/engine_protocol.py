@@ -40,6 +40,10 @@ class EngineClient(Protocol):
         """
         ...
 
+    def flush_cache(self) -> None:
+        """Forgets all cached prefixes. Raises RequestError while any request runs or waits, or EngineDeadError."""
+        ...
+
     def abort(self, request_id: str) -> None:
         """Ends one request with finish reason "abort"; an id that is not running is ignored."""
         ...

@@ -10,17 +10,34 @@ from nibble.entrypoints.api_key import ApiKeyMiddleware
 from nibble.entrypoints.context import ServerContext
 from nibble.entrypoints.engine_protocol import EngineClient
 from nibble.entrypoints.errors import ErrorResponse, install_error_handlers
+from nibble.entrypoints.metrics_route import metrics_router
 from nibble.entrypoints.prompts import PromptEncoder
+from nibble.entrypoints.request_tracking import RequestTrackingMiddleware
 from nibble.entrypoints.running_requests import RunningRequests
+from nibble.observability.generation_life import GenerationObserver
+from nibble.observability.metrics import EngineMetrics
+from nibble.observability.request_log import RequestLog
 
 MAX_REQUEST_BYTES = 16 * 2**20
 
 
 def create_app(
-    engine: EngineClient, *, api_key: str | None = None, max_request_bytes: int = MAX_REQUEST_BYTES
+    engine: EngineClient,
+    *,
+    api_key: str | None = None,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
+    metrics: EngineMetrics | None = None,
+    log_requests_level: int | None = None,
 ) -> FastAPI:
-    """The app. With an `api_key`, every route but `/health` and `/ready` needs it as a bearer token."""
+    """The app. With an `api_key`, every route but `/health` and `/ready` needs it as a bearer token.
+
+    With `metrics` there is a route `/metrics`; with `log_requests_level`, 0 to 3, requests are logged.
+    """
     prompts = PromptEncoder(engine.tokenizer)
+    request_log = None
+    if log_requests_level is not None:
+        request_log = RequestLog(log_requests_level, lambda ids: engine.tokenizer.decode(ids, False))
+    observers: list[GenerationObserver] = [observer for observer in (metrics, request_log) if observer is not None]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -35,11 +52,14 @@ def create_app(
         lifespan=lifespan,
         responses={"default": {"model": ErrorResponse, "description": "What went wrong"}},
     )
-    app.state.context = ServerContext(engine, prompts, RunningRequests(engine))
+    app.state.context = ServerContext(engine, prompts, RunningRequests(engine, observers))
     app.state.max_request_bytes = max_request_bytes
     install_error_handlers(app)
     for module in (openai_models, openai_completions, openai_chat, native_routes, server_routes):
         app.include_router(module.router)
+    if metrics is not None:
+        app.include_router(metrics_router(metrics))
     if api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    app.add_middleware(RequestTrackingMiddleware, metrics=metrics, request_log=request_log)  # outermost
     return app

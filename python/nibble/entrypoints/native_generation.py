@@ -1,7 +1,6 @@
 """What `/generate` does, for HTTP and for programs alike."""
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from nibble.entrypoints.context import ServerContext
 from nibble.entrypoints.logprobs import native_logprobs, native_top_logprobs
 from nibble.entrypoints.native_protocol import GenerateRequest
 from nibble.generation import GenerationOutput
+from nibble.observability.request_context import current_request, unique_request_id
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -37,7 +37,10 @@ class NativeGeneration:
         params = [body.sampling_of(index) for index in range(len(prompts))]
         check_num_generations(sum(max(param.n, 1) for param in params))
         options = GenerationOptions(body.data_parallel_rank, body.return_logprob, body.top_logprobs_num)
-        shared_id = body.rid if isinstance(body.rid, str) else uuid.uuid4().hex
+        shared_id = body.rid if isinstance(body.rid, str) else unique_request_id()
+        context = current_request.get()
+        if isinstance(body.rid, str) and context is not None:
+            context.use_rid(body.rid)
         field = "text" if body.input_ids is None else "input_ids"
         choices: list[Choice] = []
         encoded = await self._context.prompts.encode(prompts)

@@ -1,16 +1,16 @@
 """What the answers of completions and of chat completions have in common."""
 
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from nibble.generation import FinishReason, GenerationOutput, TokenLogprob
+from nibble.observability.request_context import unique_request_id
 
 
 def response_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
     """The fields that a response and each of its chunks begin with."""
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+    return {"id": f"{prefix}-{unique_request_id()}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def finish_fields(reason: FinishReason | None) -> dict[str, Any]:

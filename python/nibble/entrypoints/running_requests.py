@@ -9,6 +9,7 @@ from nibble.entrypoints.choices import Choice
 from nibble.entrypoints.engine_protocol import EngineClient
 from nibble.entrypoints.errors import GenerationFailedError
 from nibble.generation import GenerationOutput
+from nibble.observability.generation_life import GenerationObserver, follow_generations
 from nibble.utils.errors import RequestError
 
 _RARE_UPDATES = 64
@@ -26,8 +27,10 @@ class _Running:
 class RunningRequests:
     """What is being generated, by client id."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: EngineClient, observers: Sequence[GenerationObserver] = ()) -> None:
+        """Every generation is told to the `observers`."""
         self._engine = engine
+        self._observers = observers
         self._running: dict[str, _Running] = {}
 
     def abort(self, client_id: str) -> bool:
@@ -54,13 +57,15 @@ class RunningRequests:
         Closing the generator aborts what still runs. Raises GenerationFailedError when the engine aborts a choice
         that no client asked to abort.
         """
-        with self._track(choices) as running:
-            outputs = [self._engine.generate(choice.generation) for choice in choices]
+        generations = [choice.generation for choice in choices]
+        with self._track(choices) as running, follow_generations(generations, self._observers) as lives:
+            outputs = [self._engine.generate(generation) for generation in generations]
             async with aclosing(_interleave(outputs)) as interleaved:
                 async for index, output in interleaved:
                     reason = output.finish_reason
                     if reason is not None and reason.type == "abort" and not running[choices[index].client_id].aborted:
                         raise GenerationFailedError(reason.message or "the engine aborted the generation")
+                    lives[index].advance(output)
                     yield index, output
 
     @contextmanager

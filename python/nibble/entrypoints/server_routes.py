@@ -5,6 +5,7 @@ import uuid
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from nibble.entrypoints.context import ServerContext, context_of
 from nibble.entrypoints.errors import ApiError
@@ -55,6 +56,16 @@ async def model_info(request: Request) -> Response:
 @router.get("/get_server_info", include_in_schema=False)
 async def server_info(request: Request) -> Response:
     return json_response(context_of(request).engine.server_info())
+
+
+@router.get("/flush_cache")
+@router.post("/flush_cache")
+async def flush_cache(request: Request) -> Response:
+    """Forgets the prefix caches of all ranks; a 400 while requests run or wait."""
+    context = context_of(request)
+    _check_ready(context)
+    context.engine.flush_cache()
+    return PlainTextResponse("The prefix cache is flushed.\n")
 
 
 def _check_ready(context: ServerContext) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from nibble.generation import FinishReason, TokenLogprob
+from nibble.observability.rank_stats import RankStats
 from nibble.sampling_params import SamplingParams
 
 
@@ -29,6 +30,10 @@ class Wake(msgspec.Struct, frozen=True, tag=True):
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     request_id: str
+
+
+class FlushCache(msgspec.Struct, frozen=True, tag=True):
+    """To every rank, which forgets the prefixes of ended requests before it reads its next message."""
 
 
 class RankStage(msgspec.Struct, frozen=True, tag=True):
@@ -56,6 +61,8 @@ class TokenUpdate(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: FinishReason | None
     logprobs: list[TokenLogprob]
+    cached_tokens: int
+    """Tokens of the prompt that were in the prefix cache."""
 
 
 class TokenBatch(msgspec.Struct, frozen=True, tag=True):
@@ -65,8 +72,8 @@ class TokenBatch(msgspec.Struct, frozen=True, tag=True):
     updates: list[TokenUpdate]
 
 
-ToRank = NewRequest | Wake | AbortRequest
-FromRank = RankStage | RankReady | RankFailed | TokenBatch
+ToRank = NewRequest | Wake | AbortRequest | FlushCache
+FromRank = RankStage | RankReady | RankFailed | TokenBatch | RankStats
 
 
 def rank_address(run_dir: Path, rank: int) -> str:

@@ -32,8 +32,13 @@ class Kernels:
 
 @cache
 def select_kernels(kernels: str, moe_kernel: str) -> Kernels:
-    """`kernels` and `moe_kernel` are "c", "torch" or "triton"."""
-    sets = {"c": _c_kernels, "torch": _torch_kernels, "triton": _triton_kernels}
+    """`kernels` is "c", "torch" or "triton"; so is `moe_kernel`, or "flashinfer_cutlass"."""
+    sets = {
+        "c": _c_kernels,
+        "torch": _torch_kernels,
+        "triton": _triton_kernels,
+        "flashinfer_cutlass": _flashinfer_cutlass_kernels,
+    }
     return replace(sets[kernels](), nvfp4_moe=sets[moe_kernel]().nvfp4_moe)
 
 
@@ -71,3 +76,9 @@ def _triton_kernels() -> Kernels:
     from nibble.kernels.triton.wire_row import quantize_pack
 
     return replace(_torch_kernels(), quantize_pack=quantize_pack, nvfp4_linear=Nvfp4Linear, nvfp4_moe=Nvfp4MoE)
+
+
+def _flashinfer_cutlass_kernels() -> Kernels:
+    from nibble.kernels.flashinfer.cutlass_moe import CutlassNvfp4MoE
+
+    return replace(_triton_kernels(), nvfp4_moe=CutlassNvfp4MoE)

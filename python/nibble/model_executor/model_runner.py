@@ -35,7 +35,9 @@ class ModelRunner:
             Path(config.model_folder),
             config.args.load_format,
             self.device,
-            show_progress=parallel.rank == 0 and config.args.log_level in ("info", "debug"),
+            show_progress=parallel.rank == 0
+            and config.args.log_level in ("info", "debug")
+            and config.args.log_format == "text",
         )
         on_stage("allocating the KV cache")
         num_pages = config.num_pages or self._pages_that_fit()

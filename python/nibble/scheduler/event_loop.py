@@ -1,17 +1,22 @@
 """The loop of one rank: receive, schedule, agree with the other ranks, run the model, send tokens."""
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nibble.generation import FinishReason
-from nibble.ipc.messages import AbortRequest, NewRequest, TokenBatch, TokenUpdate, ToRank, Wake
+from nibble.ipc.messages import AbortRequest, FlushCache, NewRequest, TokenBatch, TokenUpdate, ToRank, Wake
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.model_runner import ModelRunner
 from nibble.model_executor.sampler import SampledToken, Sampler
 from nibble.scheduler.dp_sync import DpSync
+from nibble.scheduler.rank_statistics import RankStatistics
 from nibble.scheduler.request import Request
 from nibble.scheduler.scheduler import ScheduledRequest, Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class Inbox(Protocol):
@@ -30,6 +35,7 @@ class EventLoop:
         dp_sync: DpSync,
         inbox: Inbox,
         send: Callable[[TokenBatch], None],
+        statistics: RankStatistics | None = None,
     ) -> None:
         self.rank = rank
         self.scheduler = scheduler
@@ -38,6 +44,7 @@ class EventLoop:
         self.dp_sync = dp_sync
         self.inbox = inbox
         self.send = send
+        self.statistics = statistics
         self.sequence = 0
         self.may_sleep = True
 
@@ -56,13 +63,18 @@ class EventLoop:
         pages = self.scheduler.take_dirty_pages()
         if pages:
             self.runner.pool.clear(pages)
+        before = time.monotonic()
         sync = self.dp_sync.exchange(sum(entry.num_tokens for entry in step), self.sequence)
+        if self.statistics is not None:
+            self.statistics.count_step(step, sync, time.monotonic() - before)
         if sync.runs:
             logits = self.runner.forward(make_forward_batch(step), sync.global_num_tokens)
             if step:
                 rows = [entry.request.sampling_row for entry in step if entry.samples]
                 self._finish(step, self.sampler.sample(logits, rows) if rows else [])
         self.may_sleep = sync.may_sleep
+        if self.statistics is not None:
+            self.statistics.report(self.scheduler, sleeps=self.may_sleep)
         if self.may_sleep:
             self.scheduler.check_idle()
 
@@ -71,10 +83,25 @@ class EventLoop:
             case NewRequest():
                 self.scheduler.add(Request(message))
                 self.sequence = message.sequence
+                self._note_arrival(message)
             case Wake():
                 self.sequence = message.sequence
             case AbortRequest():
                 self.scheduler.abort(message.request_id)
+                self._note_abort(message.request_id)
+            case FlushCache():
+                self.scheduler.flush_cache()
+
+    def _note_arrival(self, message: NewRequest) -> None:
+        fields = {"generation": message.request_id, "prompt_tokens": len(message.input_ids)}
+        logger.debug("generation arrived", extra={"fields": fields})
+        if self.statistics is not None:
+            self.statistics.arrived(message.request_id)
+
+    def _note_abort(self, request_id: str) -> None:
+        logger.debug("generation aborted", extra={"fields": {"generation": request_id}})
+        if self.statistics is not None:
+            self.statistics.aborted(request_id)
 
     def _finish(self, step: Sequence[ScheduledRequest], sampled: Sequence[SampledToken]) -> None:
         requests = [entry.request for entry in step if entry.samples]
@@ -112,8 +139,11 @@ def _update(request: Request, sampled: SampledToken, reason: FinishReason | None
         request.unsent_ids.append(sampled.token_id)
     if sampled.logprob is not None:
         request.unsent_logprobs.append(sampled.logprob)
-    if reason is None and len(request.unsent_ids) < request.update_interval:
-        return None
-    update = TokenUpdate(request.request_id, request.unsent_ids, reason, request.unsent_logprobs)
+    if reason is not None:
+        fields = {"generation": request.request_id, "finish_reason": reason.type, "tokens": request.num_generated}
+        logger.debug("generation finished", extra={"fields": fields})
+    elif len(request.unsent_ids) < request.update_interval and request.num_generated > 1:
+        return None  # the first token is always told, since clients and metrics measure the time to it
+    update = TokenUpdate(request.request_id, request.unsent_ids, reason, request.unsent_logprobs, request.cached_tokens)
     request.unsent_ids, request.unsent_logprobs = [], []
     return update

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 
 class RequestView(NamedTuple):
-    """`computed` tokens are in the KV cache, in `pages` pages; `remaining` must follow, 1 while decoding."""
+    """`computed` tokens are in the KV cache or, of a waiting request, would be found there; `remaining` must follow, 1
+    while decoding. `pages` pages are in use already: its own, or for a waiting request those it would share with
+    running ones.
+    """
 
     computed: int
     remaining: int
@@ -19,7 +22,8 @@ class Snapshot:
 
     running: Sequence[RequestView]
     waiting: Sequence[RequestView]
-    free_pages: int
+    available_pages: int
+    """Free, or cached and in use by nobody."""
     page_size: int
     prefill_budget: int
     max_running: int
@@ -27,59 +31,50 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Indices into the snapshot. A retracted request gives its pages back and starts again later."""
+    """Indices into the snapshot."""
 
-    running: tuple[tuple[int, int], ...]
+    running: tuple[tuple[int, int], ...] = ()
     """(index, tokens) of running requests that take part."""
-    admitted: tuple[int, ...]
+    admitted: tuple[int, ...] = ()
     """Tokens of each request that leaves the head of the waiting queue."""
-    retracted: tuple[int, ...]
-    """Running requests, youngest first."""
+    retracts: bool = False
+    """There is no step before the youngest running request has given its pages back, to start again later."""
 
 
 def plan_step(snapshot: Snapshot) -> StepPlan:
     """Decodes every running request, goes on with started prompts, then admits new ones, first come first served.
 
-    Prompts share `prefill_budget` tokens a step. When pages run out the youngest running requests are retracted,
-    so that the oldest always gets on; while that happens nobody is admitted.
+    Prompts share `prefill_budget` tokens a step. When pages run out the youngest running request is retracted, so that
+    the oldest always gets on. How many pages that yields depends on who shares them, so it takes a new snapshot.
     """
-    running, retracted, free, budget = _continue_running(snapshot)
-    admitted: list[int] = []
-    count = len(running)
-    if not retracted:
-        for request in snapshot.waiting:
-            needed = pages_for(request.remaining, snapshot.page_size)
-            # One page for each running request, since each will soon want its next one.
-            if budget == 0 or count == snapshot.max_running or needed + count > free:
-                break
-            tokens = min(request.remaining, budget)
-            admitted.append(tokens)
-            budget -= tokens
-            free -= needed
-            count += 1
-    return StepPlan(tuple(running), tuple(admitted), tuple(retracted))
-
-
-def _continue_running(snapshot: Snapshot) -> tuple[list[tuple[int, int]], list[int], int, int]:
-    scheduled: list[tuple[int, int]] = []
-    retracted: list[int] = []
-    free, budget = snapshot.free_pages, snapshot.prefill_budget
-    last = len(snapshot.running)  # requests from here on are retracted
-    index = 0
-    while index < last:
-        request = snapshot.running[index]
+    free, budget = snapshot.available_pages, snapshot.prefill_budget
+    running: list[tuple[int, int]] = []
+    for index, request in enumerate(snapshot.running):
         tokens = request.remaining if request.remaining == 1 else min(request.remaining, budget)
-        needed = pages_for(request.computed + tokens, snapshot.page_size) - request.pages
-        while needed > free and last > index:
-            last -= 1
-            retracted.append(last)
-            free += snapshot.running[last].pages
-        if last > index and tokens:
-            scheduled.append((index, tokens))
-            free -= needed
+        free -= pages_for(request.computed + tokens, snapshot.page_size) - request.pages
+        if free < 0:
+            return StepPlan(retracts=True)
+        if tokens:
+            running.append((index, tokens))
             budget -= tokens if request.remaining > 1 else 0
-        index += 1
-    return scheduled, retracted, free, budget
+    return StepPlan(tuple(running), _admit(snapshot, free, budget))
+
+
+def _admit(snapshot: Snapshot, free: int, budget: int) -> tuple[int, ...]:
+    """Tokens of each request that is admitted, with `free` pages and `budget` prompt tokens left."""
+    admitted: list[int] = []
+    count = len(snapshot.running)
+    for request in snapshot.waiting:
+        needed = pages_for(request.computed + request.remaining, snapshot.page_size) - request.pages
+        # One page for each running request, since each will soon want its next one.
+        if budget == 0 or count == snapshot.max_running or needed + count > free:
+            break
+        tokens = min(request.remaining, budget)
+        admitted.append(tokens)
+        budget -= tokens
+        free -= needed
+        count += 1
+    return tuple(admitted)
 
 
 def pages_for(tokens: int, page_size: int) -> int:

@@ -33,6 +33,7 @@ from nibble.model_executor.sampler import Sampler
 from nibble.observability.logging import configure_logging
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
+from nibble.scheduler.rank_statistics import RankStatistics, moe_traffic
 from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
 from nibble.utils.errors import ConfigError
 from nibble.utils.process import die_with_parent
@@ -79,7 +80,7 @@ def main() -> None:
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     die_with_parent(sys.stdin.fileno())
     setproctitle.setproctitle(f"nibble rank {rank}")
-    configure_logging(config.args.log_level, f"rank {rank}")
+    configure_logging(config.args.log_level, f"rank {rank}", config.args.log_format)
     sockets = RankSockets(run_dir, rank)
     try:
         _start(config, rank, run_dir, sockets).run_forever()
@@ -108,7 +109,12 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         max_running_requests=config.args.max_running_requests,
         context_length=config.context_length,
         eos_token_ids=frozenset(config.model.eos_token_ids),
+        reuse_prefixes=not config.args.disable_radix_cache,
     )
+    statistics = None
+    if config.args.enable_metrics:
+        traffic = moe_traffic(config, (layer for _, layer in runner.model.layers()))
+        statistics = RankStatistics(rank, traffic, sockets.send)
     loop = EventLoop(
         rank,
         Scheduler(limits, runner.pool.num_pages),
@@ -117,10 +123,13 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         DpSync(parallel.cpu_group),
         sockets,
         sockets.send,
+        statistics,
     )
     gc.collect()
     gc.freeze()  # the model stays; collecting garbage need not look at it again
     sockets.send(RankReady(rank))
+    if statistics is not None:
+        statistics.report(loop.scheduler, sleeps=True)
     return loop
 
 

@@ -2,14 +2,15 @@
 
 from nibble.generation import FinishReason, TokenLogprob
 from nibble.ipc.messages import NewRequest
+from nibble.kv_cache.radix_cache import Node
 from nibble.model_executor.sampler import SamplingRow
 
 
 class Request:
     """Grows by one token a step. `token_ids` is the prompt and what was generated after it.
 
-    The KV cache holds the first `num_computed` tokens, in `pages`, which belong to this request. What was generated
-    and not reported yet lies in `unsent_ids` and `unsent_logprobs`.
+    The KV cache holds the first `num_computed` tokens, in `pages`, whose books `KvPages` keeps. What was generated and
+    not reported yet lies in `unsent_ids` and `unsent_logprobs`.
     """
 
     def __init__(self, message: NewRequest) -> None:
@@ -30,6 +31,16 @@ class Request:
         """How the sampler sees this request, at every step."""
         self.num_computed = 0
         self.pages: list[int] = []
+        self.num_shared = 0
+        """The first so many of `pages` belong to the prefix cache."""
+        self.prefix: Node | None = None
+        """Holds them there; None while the request waits."""
+        self.reusable_tokens = b""
+        """While it waits: the tokens that it would take from the prefix cache, encoded."""
+        self.kv_is_finite = True
+        """Whether the logits after the last computed token were finite."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that were in the prefix cache."""
 
     @property
     def num_remaining(self) -> int:
