@@ -68,7 +68,7 @@ class TorchAttentionBackend:
         width = -(-max(seq_lens) // self.pool.page_size)
         tables = [batch.page_tables[i][:width] for i in members]
         # Filled up with a page of its own: masked slots are multiplied by zero, and a neighbour's NaN would stay NaN.
-        pages = [[*table, *table[:1] * (width - len(table))] for table in tables]
+        pages = [[*table, *[table[0]] * (width - len(table))] for table in tables]
         device = self.pool.device
         return SequenceGroup(
             first_row,
