@@ -15,17 +15,8 @@ from server_process import DEMO_MODEL, shared_files, wait_until_gone
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.demo_model.data import heldout
-from tools.demo_model.dequantize import dequantize_checkpoint
 
 GREEDY = {"temperature": 0, "max_new_tokens": 48}
-
-
-@pytest.fixture(scope="module")
-def bf16_checkpoint(tmp_path_factory) -> Path:
-    """Unquantized and computed in fp32: no FP4 rounding that could turn the last bit into another token."""
-    folder = tmp_path_factory.mktemp("bf16")
-    dequantize_checkpoint(DEMO_MODEL, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,23 +9,14 @@ import pytest
 
 import nibble
 from nibble.utils.errors import RequestError
-from server_process import DEMO_MODEL, launch
+from server_process import launch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.demo_model.data import heldout
-from tools.demo_model.dequantize import dequantize_checkpoint
 
 COUNT = 24
 GREEDY = {"temperature": 0, "max_new_tokens": 48}
 ENDLESS = {"temperature": 0, "max_new_tokens": 1500, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def bf16_checkpoint(tmp_path_factory) -> Path:
-    """Unquantized and computed in fp32: no FP4 rounding that could turn the last bit into another token."""
-    folder = tmp_path_factory.mktemp("bf16")
-    dequantize_checkpoint(DEMO_MODEL, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ void topk_softmax(const float *logits, int64_t rows, int64_t experts, int64_t to
     free(scratch);
 }
 
-/* out [T, N] = x [T, K] . w [N, K]^T, for the few outputs of a router. */
+/* out [T, N] = x [T, K] . w [N, K]^T, for the few outputs of a router; each summed in the same order for any T. */
 void linear(const float *x, int64_t rows, int64_t columns, const float *weight, int64_t outputs, float *out) {
     for (int64_t row = 0; row < rows; row++, x += columns, out += outputs)
         for (int64_t first = 0; first < outputs; first += LANES) {

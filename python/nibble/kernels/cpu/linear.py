@@ -1,4 +1,8 @@
-"""Unquantized linear layers on a CPU: small ones in C, where calling a library costs more than the arithmetic."""
+"""Unquantized linear layers on a CPU: small ones in C, such as a router on a decoding batch.
+
+C sums every result in the same order however many rows come along, so a token's experts do not depend on its company
+there. A library's product may differ in the last bit; it is the faster one, by microseconds where C is used.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +11,7 @@ from torch import Tensor
 from nibble.kernels.cpu.library import c_kernels
 
 _MAX_RESULTS = 8192
-"""Outputs times rows up to which C is faster, measured on a Xeon with AVX-512."""
+"""Outputs times rows up to which that order is worth its time; prompts go to the library."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
