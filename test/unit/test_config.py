@@ -279,7 +279,7 @@ def test_the_end_tokens_of_generation_config_win(checkpoint):
     ],
 )
 def test_ranks_that_use_all_cores_keep_to_equal_shares_of_them(checkpoint, monkeypatch, cores, flags, expected):
-    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability(cores, 0, None, False, False))
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability(cores, 0, None, False, False, False))
     config = resolve(ServerArgs(model_path=str(checkpoint()), **{**TWO_RANKS, **flags}))
     assert config.rank_cores == expected
     assert ("cores of its own" if expected else "any core") in " ".join(config.decisions())
@@ -288,7 +288,7 @@ def test_ranks_that_use_all_cores_keep_to_equal_shares_of_them(checkpoint, monke
 def machine(
     num_gpus: int = 1, arch: tuple[int, int] = (9, 0), has_triton: bool = True, has_flashinfer: bool = False
 ) -> Capability:
-    return Capability((0, 1), num_gpus, arch if num_gpus else None, has_triton, has_flashinfer)
+    return Capability((0, 1), num_gpus, arch if num_gpus else None, has_triton, has_flashinfer, has_flashinfer)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_flashinfers_experts_are_chosen_where_there_are_fp4_tensor_cores(checkpo
     monkeypatch.setattr("nibble.config.resolve.capability", lambda: found)
     for asked in ("auto", "flashinfer_cutlass"):
         config = resolved(checkpoint(quantization=NVFP4), moe_kernel=asked)
-        assert (config.kernels, config.moe_kernel) == ("triton", "flashinfer_cutlass")
+        assert (config.kernels, config.moe_kernel) == ("flashinfer", "flashinfer_cutlass")
         assert "of the experts: flashinfer_cutlass" in " ".join(config.decisions())
     for asked in ("triton", "torch"):
         assert resolved(checkpoint(quantization=NVFP4), moe_kernel=asked).moe_kernel == asked
@@ -343,6 +343,70 @@ def test_without_flashinfers_experts_auto_takes_triton_and_asking_for_them_is_re
     assert resolved(checkpoint(quantization=NVFP4)).moe_kernel == "triton"
     message = refused(checkpoint(quantization=NVFP4), moe_kernel="flashinfer_cutlass")
     assert reason in message and "use --moe-kernel torch or auto" in message
+
+
+def on_a_gpu(monkeypatch, **found) -> None:
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: machine(has_flashinfer=True, **found))
+
+
+def test_on_a_gpu_attention_is_flashinfers_and_decoding_steps_are_cuda_graphs(checkpoint, monkeypatch):
+    on_a_gpu(monkeypatch)
+    config = resolved(checkpoint(quantization=NVFP4, head_dim=64), max_running_requests=20)
+    assert config.attention_backend == "flashinfer"
+    assert config.cuda_graph_rows == (1, 2, 4, 8, 16, 20)
+    assert "attention: flashinfer, CUDA graphs of 1, 2, 4, 8, 16, 20 rows" in config.decisions()
+
+
+@pytest.mark.parametrize(
+    ("flags", "largest"),
+    [({}, 64), ({"max_running_requests": 1024}, 256), ({"cuda_graph_max_bs": 1}, 1), ({"cuda_graph_max_bs": 300}, 300)],
+)
+def test_graphs_hold_as_many_rows_as_a_rank_may_run_up_to_a_limit(checkpoint, monkeypatch, flags, largest):
+    on_a_gpu(monkeypatch)
+    rows = resolved(checkpoint(quantization=NVFP4, head_dim=64), **flags).cuda_graph_rows
+    assert rows[0] == 1 and rows[-1] == largest and list(rows) == sorted(set(rows))
+
+
+@pytest.mark.parametrize(
+    ("found", "model", "flags", "reason"),
+    [
+        ({"has_flashinfer": False}, {}, {}, "FlashInfer is not installed, or there is no nvcc"),
+        ({}, {"head_dim": 32}, {}, "the model's heads have 32 values"),
+        ({}, {}, {"kv_cache_dtype": "float32"}, "activations are bfloat16, the KV cache float32"),
+    ],
+)
+def test_attention_runs_on_torch_where_flashinfer_has_no_kernels_and_asking_for_it_is_refused(
+    checkpoint, monkeypatch, found, model, flags, reason
+):
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: machine(**{"has_flashinfer": True, **found}))
+    folder = checkpoint(quantization=NVFP4, **{"head_dim": 64, **model})
+    config = resolved(folder, **flags)
+    assert config.attention_backend == "torch" and config.cuda_graph_rows == ()
+    assert reason in " ".join(config.decisions()) and "no CUDA graphs" in " ".join(config.decisions())
+    assert reason in refused(folder, attention_backend="flashinfer", **flags)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "flags", "reason"),
+    [
+        (NVFP4, {"disable_cuda_graph": True}, "--disable-cuda-graph is set"),
+        (NVFP4, {"attention_backend": "torch"}, "attention runs on torch"),
+        (NVFP4, {"moe_kernel": "torch"}, "the experts run on torch"),
+        (None, {}, "the experts run on torch"),
+    ],
+)
+def test_what_cannot_be_captured_is_launched_kernel_by_kernel_and_the_log_says_why(
+    checkpoint, monkeypatch, quantization, flags, reason
+):
+    on_a_gpu(monkeypatch)
+    config = resolved(checkpoint(head_dim=64, **({"quantization": quantization} if quantization else {})), **flags)
+    assert config.cuda_graph_rows == () and reason in " ".join(config.decisions())
+
+
+def test_a_cpu_has_no_cuda_graphs_and_says_nothing_of_them(checkpoint):
+    config = resolved(checkpoint(), device="cpu")
+    assert config.cuda_graph_rows == () and "CUDA" not in " ".join(config.decisions())
+    assert "needs a GPU" in refused(checkpoint(), device="cpu", attention_backend="flashinfer")
 
 
 @pytest.mark.parametrize(("gpus", "ranks", "shared"), [(1, 4, 4), (2, 4, 2), (3, 4, 2), (8, 4, 1)])

@@ -13,6 +13,7 @@ from nibble.layers.dp_attention import (
     get_dp_local_num_tokens,
     get_dp_rank,
     get_dp_size,
+    mask_padding,
 )
 from nibble.scheduler.dp_sync import DpSync
 
@@ -68,24 +69,42 @@ def test_rows_that_are_not_the_steps_are_refused_before_anything_is_sent():
             dp_reduce_scatter(torch.zeros(7, 8))
 
 
+def test_rows_that_only_fill_up_a_graph_are_routed_to_no_expert():
+    """They would skew the experts' counts, and a NaN in one would reach the sums of others."""
+    topk_ids = torch.tensor([[3, 1], [0, 2], [7, 7]], dtype=torch.int32)
+    is_padding = torch.tensor([[False], [True], [True]])
+    with dp_step(DpStep(SingleRankCommunicator("dp"), (3,), is_padding)):
+        assert mask_padding(topk_ids).tolist() == [[3, 1], [-1, -1], [-1, -1]]
+    assert topk_ids.tolist() == [[3, 1], [0, 2], [7, 7]]
+    with dp_step(DpStep(SingleRankCommunicator("dp"), (3,))):
+        assert mask_padding(topk_ids) is topk_ids
+
+
 # dp_sync: every rank derives the same from the same messages
 
 
 def test_a_rank_without_work_takes_part_when_another_has_some():
-    result = DpSync(ThirdOfThree([[5, 1], [0, 1]])).exchange(0, 1)
+    result = DpSync(ThirdOfThree([[5, 0, 1], [0, 1, 1]])).exchange(0, True, 1)
     assert result.runs and not result.may_sleep
     assert result.global_num_tokens == (5, 0, 0)
 
 
+def test_a_step_decodes_only_where_every_rank_says_so():
+    prefills = DpSync(ThirdOfThree([[5, 0, 1], [1, 1, 1]])).exchange(2, True, 1)
+    assert not prefills.decodes_only
+    decodes = DpSync(ThirdOfThree([[5, 1, 1], [0, 1, 1]])).exchange(2, True, 1)
+    assert decodes.decodes_only
+
+
 def test_ranks_sleep_only_when_all_are_idle_and_all_know_the_newest_message():
     """A rank that has read a wake-up must not sleep before the rank that it was about has read its request."""
-    behind = DpSync(ThirdOfThree([[0, 7], [0, 6]])).exchange(0, 7)
+    behind = DpSync(ThirdOfThree([[0, 1, 7], [0, 1, 6]])).exchange(0, True, 7)
     assert not behind.runs and not behind.may_sleep
-    together = DpSync(ThirdOfThree([[0, 7], [0, 7]])).exchange(0, 7)
+    together = DpSync(ThirdOfThree([[0, 1, 7], [0, 1, 7]])).exchange(0, True, 7)
     assert not together.runs and together.may_sleep
 
 
 def test_a_single_rank_sleeps_when_it_has_nothing_to_do():
     sync = DpSync(SingleRankCommunicator("dp"))
-    assert sync.exchange(0, 3).may_sleep
-    assert sync.exchange(2, 3).runs
+    assert sync.exchange(0, True, 3).may_sleep
+    assert sync.exchange(2, False, 3).runs

@@ -20,6 +20,8 @@ RENDEZVOUS = Path(__file__).parents[1] / "distributed"
 CPU_KERNELS = Path(__file__).parents[1] / "kernels" / "cpu"
 OLDEST_CUDA_ARCH = (8, 0)
 OLDEST_FP4_ARCH = (10, 0)
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+LARGEST_DEFAULT_GRAPH = 256
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -43,6 +45,13 @@ class EngineConfig:
     kv_cache_dtype: str
     kernels: str
     moe_kernel: str
+    attention_backend: str
+    no_flashinfer: str | None
+    """Why auto did not choose FlashInfer's attention on a GPU, if so."""
+    cuda_graph_rows: tuple[int, ...]
+    """The numbers of rows of one rank for which decoding steps are CUDA graphs, ascending; empty without graphs."""
+    no_cuda_graph: str | None
+    """Why there are none on a GPU, if so."""
     no_c_kernels: str | None
     """Why auto did not choose what is written in C (kernels, shared memory), if so."""
     cpu_collectives: str
@@ -71,10 +80,19 @@ class EngineConfig:
             f"device: {self._device_in_words()}, activations: {self.dtype}, "
             f"kernels: {self.kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
+            f"attention: {self._attention_in_words()}",
             f"KV cache: {size} a rank in {self.kv_cache_dtype}, "
             f"pages of {self.args.page_size}; "
             f"context length: {self.context_length}",
         ]
+
+    def _attention_in_words(self) -> str:
+        attention = self.attention_backend + (f" ({self.no_flashinfer})" if self.no_flashinfer else "")
+        if self.device == "cpu":
+            return attention
+        if self.no_cuda_graph is not None:
+            return f"{attention}, no CUDA graphs: {self.no_cuda_graph}"
+        return f"{attention}, CUDA graphs of {', '.join(map(str, self.cuda_graph_rows))} rows"
 
     def _device_in_words(self) -> str:
         if self.device == "cuda":
@@ -95,11 +113,12 @@ def resolve(args: ServerArgs) -> EngineConfig:
     device, no_gpu = _resolve_device(args, machine)
     on_gpu = device == "cuda"
     dtype = ("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype
-    kernels, no_c_kernels = "triton", None
-    if not on_gpu:
-        kernels, no_c_kernels = _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
+    kernels, no_c_kernels = _resolve_kernels(args, on_gpu, machine)
+    moe_kernel = _resolve_moe_kernel(args, kernels, on_gpu, machine)
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
     kv_cache_dtype = _resolve_kv_cache_dtype(args, model)
+    attention_backend, no_flashinfer = _resolve_attention(args, model, kernels, (dtype, kv_cache_dtype))
+    no_cuda_graph = _why_no_cuda_graph(args, model, quantization, attention_backend, moe_kernel)
     context_length, num_pages = _resolve_memory(args, model, parallel, kv_cache_dtype, on_gpu)
     return EngineConfig(
         args=args,
@@ -115,7 +134,11 @@ def resolve(args: ServerArgs) -> EngineConfig:
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         kernels=kernels,
-        moe_kernel=_resolve_moe_kernel(args, kernels, machine),
+        moe_kernel=moe_kernel,
+        attention_backend=attention_backend,
+        no_flashinfer=no_flashinfer,
+        cuda_graph_rows=() if no_cuda_graph else _cuda_graph_rows(args),
+        no_cuda_graph=no_cuda_graph if on_gpu else None,
         no_c_kernels=no_c_kernels,
         cpu_collectives=cpu_collectives,
         cpu_threads=args.cpu_threads or max(1, len(machine.cpu_cores) // parallel.world_size),
@@ -184,16 +207,71 @@ def _resolve_c(asked: str, flag: str, sources: Path, compiled: str, otherwise: s
     return compiled, None
 
 
-def _resolve_moe_kernel(args: ServerArgs, kernels: str, machine: Capability) -> str:
+def _resolve_kernels(args: ServerArgs, on_gpu: bool, machine: Capability) -> tuple[str, str | None]:
+    """What the model runs on, and why auto had to do without C on a CPU, if so."""
+    if on_gpu:
+        return ("flashinfer" if machine.has_flashinfer and machine.can_compile_cuda else "triton"), None
+    return _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
+
+
+def _resolve_attention(
+    args: ServerArgs, model: ModelConfig, kernels: str, dtypes: tuple[str, str]
+) -> tuple[str, str | None]:
+    """The backend, and why auto did not choose FlashInfer on a GPU. `dtypes`: activations and KV cache."""
+    no_flashinfer = None
+    if kernels in ("c", "torch"):
+        no_flashinfer = "it needs a GPU, and this engine runs on the CPU"
+    elif kernels == "triton":
+        no_flashinfer = "FlashInfer is not installed, or there is no nvcc to compile its kernels"
+    elif model.head_dim not in FLASHINFER_HEAD_DIMS:
+        no_flashinfer = f"the model's heads have {model.head_dim} values, and FlashInfer's {FLASHINFER_HEAD_DIMS}"
+    elif dtypes != ("bfloat16", "bfloat16"):
+        no_flashinfer = f"it computes in bfloat16, and activations are {dtypes[0]}, the KV cache {dtypes[1]}"
+    refusals = {"flashinfer": no_flashinfer, "c": None if kernels == "c" else "it needs --cpu-kernels c on a CPU"}
+    if args.attention_backend == "auto":
+        if kernels in ("c", "torch"):
+            return kernels, None
+        return ("torch", no_flashinfer) if no_flashinfer else ("flashinfer", None)
+    if refusal := refusals.get(args.attention_backend):
+        raise ConfigError(f"--attention-backend {args.attention_backend}: {refusal}; use torch or auto")
+    return args.attention_backend, None
+
+
+def _why_no_cuda_graph(
+    args: ServerArgs,
+    model: ModelConfig,
+    quantization: QuantizationConfig | None,
+    attention_backend: str,
+    moe_kernel: str,
+) -> str | None:
+    if args.disable_cuda_graph:
+        return "--disable-cuda-graph is set"
+    if attention_backend != "flashinfer":
+        return f"attention runs on {attention_backend}"
+    if model.moe is not None and (quantization is None or moe_kernel == "torch"):
+        return "the experts run on torch, which waits for the device"
+    return None
+
+
+def _cuda_graph_rows(args: ServerArgs) -> tuple[int, ...]:
+    """Close together while a step's time is that of its launches, further apart where its rows count."""
+    largest = args.cuda_graph_max_bs or min(args.max_running_requests, LARGEST_DEFAULT_GRAPH)
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, largest, 32)]
+    return (*(rows for rows in steps if rows < largest), largest)
+
+
+def _resolve_moe_kernel(args: ServerArgs, kernels: str, on_gpu: bool, machine: Capability) -> str:
     """`kernels` is what the rest of the model runs on."""
-    no_gpu = None if kernels == "triton" else "needs a GPU, and this engine runs on the CPU"
+    no_gpu = None if on_gpu else "needs a GPU, and this engine runs on the CPU"
     refusals = {
         "c": None if kernels == "c" else "runs on a CPU, with a C compiler and without --cpu-kernels torch",
         "triton": no_gpu,
         "flashinfer_cutlass": no_gpu or _why_not_cutlass(machine),
     }
     if args.moe_kernel == "auto":
-        return kernels if refusals["flashinfer_cutlass"] else "flashinfer_cutlass"
+        if not on_gpu:
+            return kernels
+        return "triton" if refusals["flashinfer_cutlass"] else "flashinfer_cutlass"
     if refusal := refusals.get(args.moe_kernel):
         raise ConfigError(f"--moe-kernel {args.moe_kernel} {refusal}; use --moe-kernel torch or auto")
     return args.moe_kernel

@@ -63,6 +63,17 @@ class ServerArgs:
         choices=("auto", "flashinfer_cutlass", "triton", "torch", "c"),
     )
 
+    attention_backend: str = flag(
+        "auto",
+        "Kernels of attention. auto: flashinfer on a GPU where it is installed and has them, c or torch elsewhere.",
+        choices=("auto", "flashinfer", "torch", "c"),
+    )
+    disable_cuda_graph: bool = flag(False, "Launch every kernel of every step instead of replaying CUDA graphs.")
+    cuda_graph_max_bs: int | None = flag(
+        None,
+        "Requests of one rank up to which decoding steps are CUDA graphs. Default: max-running-requests, up to 256.",
+    )
+
     # Machine
     device: str = flag("auto", "Device that runs the model. auto: cuda where it can.", choices=("auto", "cpu", "cuda"))
     mem_fraction_static: float = flag(
@@ -163,7 +174,7 @@ def require_positive(args: ServerArgs) -> None:
     names = (
         "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
         "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
-        "context_length", "max_total_tokens", "cpu_threads",
+        "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs",
     )  # fmt: skip
     for name in names:
         value = getattr(args, name)

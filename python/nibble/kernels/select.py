@@ -20,6 +20,7 @@ class Kernels:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    silu_and_mul: Callable[[Tensor], Tensor]
     qk_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     topk_softmax: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -32,11 +33,14 @@ class Kernels:
 
 @cache
 def select_kernels(kernels: str, moe_kernel: str) -> Kernels:
-    """`kernels` is "c", "torch" or "triton"; so is `moe_kernel`, or "flashinfer_cutlass"."""
+    """`kernels` is "c", "torch", "triton" or "flashinfer"; `moe_kernel` one of the first three, or
+    "flashinfer_cutlass".
+    """
     sets = {
         "c": _c_kernels,
         "torch": _torch_kernels,
         "triton": _triton_kernels,
+        "flashinfer": _flashinfer_kernels,
         "flashinfer_cutlass": _flashinfer_cutlass_kernels,
     }
     return replace(sets[kernels](), nvfp4_moe=sets[moe_kernel]().nvfp4_moe)
@@ -45,6 +49,7 @@ def select_kernels(kernels: str, moe_kernel: str) -> Kernels:
 def _torch_kernels() -> Kernels:
     from torch.nn.functional import linear
 
+    from nibble.kernels.torch.activation import silu_and_mul
     from nibble.kernels.torch.fused_moe import Nvfp4MoE
     from nibble.kernels.torch.norm import add_rms_norm, qk_norm_rope, rms_norm
     from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
@@ -53,7 +58,16 @@ def _torch_kernels() -> Kernels:
     from nibble.kernels.torch.wire_row import quantize_pack
 
     return Kernels(
-        rms_norm, add_rms_norm, qk_norm_rope, topk_softmax, linear, argmax, quantize_pack, Nvfp4Linear, Nvfp4MoE
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        silu_and_mul=silu_and_mul,
+        qk_norm_rope=qk_norm_rope,
+        topk_softmax=topk_softmax,
+        linear=linear,
+        argmax=argmax,
+        quantize_pack=quantize_pack,
+        nvfp4_linear=Nvfp4Linear,
+        nvfp4_moe=Nvfp4MoE,
     )
 
 
@@ -63,19 +77,44 @@ def _c_kernels() -> Kernels:
     from nibble.kernels.cpu.nvfp4 import Nvfp4Linear, Nvfp4MoE, quantize_pack
     from nibble.kernels.cpu.sampling import argmax
     from nibble.kernels.cpu.topk import topk_softmax
+    from nibble.kernels.torch.activation import silu_and_mul
 
     return Kernels(
-        rms_norm, add_rms_norm, qk_norm_rope, topk_softmax, linear, argmax, quantize_pack, Nvfp4Linear, Nvfp4MoE
+        rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        silu_and_mul=silu_and_mul,
+        qk_norm_rope=qk_norm_rope,
+        topk_softmax=topk_softmax,
+        linear=linear,
+        argmax=argmax,
+        quantize_pack=quantize_pack,
+        nvfp4_linear=Nvfp4Linear,
+        nvfp4_moe=Nvfp4MoE,
     )
 
 
 def _triton_kernels() -> Kernels:
     """Torch's own where they are as good as a kernel of ours would be, or not yet written."""
     from nibble.kernels.triton.fused_moe import Nvfp4MoE
+    from nibble.kernels.triton.norm import qk_norm_rope
     from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
+    from nibble.kernels.triton.topk import topk_softmax
     from nibble.kernels.triton.wire_row import quantize_pack
 
-    return replace(_torch_kernels(), quantize_pack=quantize_pack, nvfp4_linear=Nvfp4Linear, nvfp4_moe=Nvfp4MoE)
+    return replace(
+        _torch_kernels(),
+        qk_norm_rope=qk_norm_rope,
+        topk_softmax=topk_softmax,
+        quantize_pack=quantize_pack,
+        nvfp4_linear=Nvfp4Linear,
+        nvfp4_moe=Nvfp4MoE,
+    )
+
+
+def _flashinfer_kernels() -> Kernels:
+    from nibble.kernels.flashinfer.norm import add_rms_norm, rms_norm, silu_and_mul
+
+    return replace(_triton_kernels(), rms_norm=rms_norm, add_rms_norm=add_rms_norm, silu_and_mul=silu_and_mul)
 
 
 def _flashinfer_cutlass_kernels() -> Kernels:

@@ -20,6 +20,8 @@ class DpStep:
 
     group: Communicator
     global_num_tokens: tuple[int, ...]
+    is_padding: torch.Tensor | None = None
+    """Bool [local rows, 1], true for rows that only fill this rank up to a CUDA graph's size; None if none may be."""
 
     def __post_init__(self) -> None:
         if len(self.global_num_tokens) != self.group.world_size:
@@ -60,6 +62,12 @@ def get_dp_local_num_tokens() -> int:
     """Rows of this DP rank in this step."""
     step = _step()
     return step.global_num_tokens[step.group.rank]
+
+
+def mask_padding(topk_ids: torch.Tensor) -> torch.Tensor:
+    """`topk_ids [local rows, K]` without experts (-1, which no rank holds) in the rows that are padding."""
+    is_padding = _step().is_padding
+    return topk_ids if is_padding is None else topk_ids.masked_fill(is_padding, -1)
 
 
 def get_dp_rank() -> int:

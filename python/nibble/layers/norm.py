@@ -20,7 +20,7 @@ class RMSNorm:
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
     def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalized `x + residual`, and that sum: the residual of what follows."""
+        """The normalized `x + residual`, and that sum: the residual of what follows. Both arguments are given away."""
         return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:

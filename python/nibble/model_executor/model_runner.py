@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from nibble.config.resolve import DTYPE_BYTES, EngineConfig
 from nibble.distributed.parallel_state import ParallelState
 from nibble.kv_cache.pool import KvCachePool
-from nibble.layers.attention.cpu_backend import CpuAttentionBackend
-from nibble.layers.attention.torch_backend import TorchAttentionBackend
+from nibble.layers.attention.backend import AttentionBatch, GraphAttentionBackend
+from nibble.layers.attention.registry import create_attention_backend
 from nibble.layers.dp_attention import DpStep, dp_step
+from nibble.model_executor.cuda_graph_runner import CudaGraphRunner
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.weight_loader import load_weights
 from nibble.models.registry import create_model
@@ -35,45 +37,96 @@ class ModelRunner:
             Path(config.model_folder),
             config.args.load_format,
             self.device,
-            show_progress=parallel.rank == 0
-            and config.args.log_level in ("info", "debug")
-            and config.args.log_format == "text",
+            self._shows_progress,
         )
+        self.vocab_size = config.model.vocab_size
+        self._graphs: CudaGraphRunner | None = None
+        num_pages = config.num_pages
+        if num_pages is None:
+            on_stage("measuring the memory of a step")
+            num_pages = self._pages_that_fit()
         on_stage("allocating the KV cache")
-        num_pages = config.num_pages or self._pages_that_fit()
+        self._allocate_cache(num_pages)
+        if config.cuda_graph_rows:
+            on_stage("capturing CUDA graphs")
+            self._graphs = CudaGraphRunner(
+                self.model,
+                self.pool,
+                cast(GraphAttentionBackend, self.attention_backend),
+                parallel.dp_group,
+                config.cuda_graph_rows,
+                config.context_length,
+                self._shows_progress,
+            )
+
+    @property
+    def _shows_progress(self) -> bool:
+        args = self.config.args
+        return self.parallel.rank == 0 and args.log_level in ("info", "debug") and args.log_format == "text"
+
+    def _allocate_cache(self, num_pages: int) -> None:
+        config = self.config
         dtype = torch_dtype(config.kv_cache_dtype)
         self.pool = KvCachePool(config.model, num_pages, config.args.page_size, dtype, self.device)
-        backend = CpuAttentionBackend if config.kernels == "c" else TorchAttentionBackend
-        self.attention_backend = backend(self.pool)
-        self.vocab_size = config.model.vocab_size
+        self.attention_backend = create_attention_backend(config, self.pool)
 
     def _pages_that_fit(self) -> int:
-        """Pages for the KV cache beside the weights in this rank's share of its GPU, the same on all ranks."""
+        """Pages of KV cache beside weights and activations in this rank's share of its GPU, the same on all ranks."""
         config, args = self.config, self.config.args
         torch.cuda.empty_cache()
+        weights = torch.cuda.memory_allocated(self.device)
+        activations = self._measure_largest_step() - weights
+        self.parallel.cpu_group.barrier()  # all ranks of a GPU have their weights, and none its cache
         free, total = torch.cuda.mem_get_info(self.device)
-        share = total * args.mem_fraction_static / config.ranks_per_gpu - torch.cuda.memory_reserved(self.device)
+        share = min(
+            total * args.mem_fraction_static / config.ranks_per_gpu - weights,
+            free / config.ranks_per_gpu - activations,
+        )
         page_bytes = config.model.kv_elements_per_token * DTYPE_BYTES[config.kv_cache_dtype] * args.page_size
-        fitting = int(max(0, min(share, free)) // page_bytes)
+        fitting = int(max(0.0, share) // page_bytes)
         wanted = -(-args.max_running_requests * config.context_length // args.page_size)
         everywhere = self.parallel.cpu_group.all_gather(torch.tensor([min(fitting, wanted)]))
         pages = int(everywhere.min())
         if pages * args.page_size < config.context_length:
             raise ConfigError(
-                f"beside the weights {pages * args.page_size} tokens of KV cache fit into this rank's share of the "
-                f"GPU ({share / 2**20:.0f} MiB of {total / 2**20:.0f}), fewer than one request of --context-length "
-                f"{config.context_length} needs; lower --context-length or raise --mem-fraction-static"
+                f"{pages * args.page_size} tokens of KV cache fit into this rank's share of the GPU "
+                f"({total / config.ranks_per_gpu / 2**20:.0f} MiB, of which weights take {weights / 2**20:.0f} and the "
+                f"largest step {activations / 2**20:.0f}), fewer than one request of --context-length "
+                f"{config.context_length} needs; lower --context-length or --chunked-prefill-size, or raise "
+                "--mem-fraction-static"
             )
         return pages
 
+    def _measure_largest_step(self) -> int:
+        """Peak of allocated bytes when every rank computes as long a prompt as a step may hold. Collective."""
+        config, args = self.config, self.config.args
+        tokens = min(args.chunked_prefill_size, config.context_length)
+        pages = -(-tokens // args.page_size)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._allocate_cache(pages)
+        attention = AttentionBatch([tokens], [tokens], [range(pages)])
+        batch = ForwardBatch([0] * tokens, list(range(tokens)), attention, logit_rows=[tokens - 1])
+        self.forward(batch, [tokens] * self.parallel.dp_group.world_size)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        del self.pool, self.attention_backend
+        torch.cuda.empty_cache()
+        return peak
+
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch | None, global_num_tokens: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, batch: ForwardBatch | None, global_num_tokens: Sequence[int], decodes_only: bool = False
+    ) -> torch.Tensor:
         """fp32 logits `[len(logit_rows), vocab]`. Collective: all ranks call it, idle ones with None.
 
-        Raises CollectiveError if a peer fails; the logits may be read.
+        `decodes_only` says of the step on all ranks that every sequence has one row. The logits may be overwritten by
+        the next call. Raises CollectiveError if a peer fails; otherwise they may be read.
         """
-        with dp_step(DpStep(self.parallel.dp_group, tuple(global_num_tokens))):
-            logits = self._forward(batch)
+        graph_rows = self._graphs.rows_for(max(global_num_tokens)) if self._graphs and decodes_only else None
+        if self._graphs and graph_rows:
+            logits = _select(self._graphs.replay(graph_rows, batch), batch)
+        else:
+            with dp_step(DpStep(self.parallel.dp_group, tuple(global_num_tokens))):
+                logits = self._forward(batch)
         self.parallel.dp_group.synchronize()
         return logits
 
@@ -87,6 +140,11 @@ class ModelRunner:
             torch.tensor(batch.positions, device=self.device),
             self.attention_backend.plan(batch.attention),
         )
-        if len(batch.logit_rows) < hidden.shape[0]:
-            hidden = hidden[batch.logit_rows]
-        return self.model.compute_logits(hidden)
+        return self.model.compute_logits(_select(hidden, batch))
+
+
+def _select(rows: torch.Tensor, batch: ForwardBatch | None) -> torch.Tensor:
+    """The rows of a step that logits are wanted for."""
+    if batch is None or len(batch.logit_rows) == rows.shape[0]:
+        return rows
+    return rows[batch.logit_rows]

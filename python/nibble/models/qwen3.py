@@ -10,7 +10,7 @@ import torch
 
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.parallel_state import ParallelState
-from nibble.layers.activation import silu_and_mul
+from nibble.kernels.select import select_kernels
 from nibble.layers.attention.backend import AttentionStep
 from nibble.layers.embedding import LMHead, TiedLMHead, VocabEmbedding
 from nibble.layers.linear import make_linear
@@ -63,9 +63,10 @@ class Qwen3MLP:
         hidden, width = config.model.hidden_size, config.model.intermediate_size
         self.gate_up_proj = make_linear(config, prefix, hidden, [("gate_proj", width), ("up_proj", width)])
         self.down_proj = make_linear(config, prefix, width, [("down_proj", hidden)])
+        self.silu_and_mul = select_kernels(config.kernels, config.moe_kernel).silu_and_mul
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x))) if x.shape[0] else x
+        return self.down_proj(self.silu_and_mul(self.gate_up_proj(x))) if x.shape[0] else x
 
     def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]:
         yield prefix, self.gate_up_proj

@@ -12,6 +12,8 @@ class DpSyncResult:
     """What every rank derives, identically, from the gathered messages."""
 
     global_num_tokens: tuple[int, ...]
+    decodes_only: bool
+    """Every sequence of every rank has one row in this step."""
     may_sleep: bool
     """No rank has work, and none has still to receive a message that another one knows of."""
 
@@ -27,14 +29,15 @@ class DpSync:
     def __init__(self, group: Communicator) -> None:
         self.group = group
 
-    def exchange(self, num_tokens: int, sequence: int) -> DpSyncResult:
-        """Collective. `sequence` is the newest message that brought work to any rank, as far as this one knows.
+    def exchange(self, num_tokens: int, decodes_only: bool, sequence: int) -> DpSyncResult:
+        """Collective. `num_tokens` are this rank's rows; `decodes_only` says that each is of another sequence, as it
+        does of no rows. `sequence` is the newest message that brought work to any rank, as far as this one knows.
 
         Sockets deliver to each rank in order but not to all at once: a rank that has not heard yet what woke its
         peers reports an older number, and nobody sleeps until all report the same one.
         """
         if self.group.world_size == 1:
-            return DpSyncResult((num_tokens,), num_tokens == 0)
-        gathered = self.group.all_gather(torch.tensor([[num_tokens, sequence]]))
-        sizes, sequences = gathered.t().tolist()
-        return DpSyncResult(tuple(sizes), not any(sizes) and len(set(sequences)) == 1)
+            return DpSyncResult((num_tokens,), decodes_only, num_tokens == 0)
+        gathered = self.group.all_gather(torch.tensor([[num_tokens, decodes_only, sequence]]))
+        sizes, decodes, sequences = gathered.t().tolist()
+        return DpSyncResult(tuple(sizes), all(decodes), not any(sizes) and len(set(sequences)) == 1)

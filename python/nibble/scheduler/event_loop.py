@@ -64,11 +64,12 @@ class EventLoop:
         if pages:
             self.runner.pool.clear(pages)
         before = time.monotonic()
-        sync = self.dp_sync.exchange(sum(entry.num_tokens for entry in step), self.sequence)
+        num_tokens = sum(entry.num_tokens for entry in step)
+        sync = self.dp_sync.exchange(num_tokens, num_tokens == len(step), self.sequence)
         if self.statistics is not None:
             self.statistics.count_step(step, sync, time.monotonic() - before)
         if sync.runs:
-            logits = self.runner.forward(make_forward_batch(step), sync.global_num_tokens)
+            logits = self.runner.forward(make_forward_batch(step), sync.global_num_tokens, sync.decodes_only)
             if step:
                 rows = [entry.request.sampling_row for entry in step if entry.samples]
                 self._finish(step, self.sampler.sample(logits, rows) if rows else [])

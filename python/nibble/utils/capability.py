@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +21,8 @@ class Capability:
     """(major, minor) of the first GPU."""
     has_triton: bool
     has_flashinfer: bool
+    can_compile_cuda: bool
+    """Whether nvcc is at hand, which FlashInfer needs unless its compiled kernels are installed as well."""
 
 
 @cache
@@ -31,7 +34,14 @@ def capability() -> Capability:
         cuda_arch=torch.cuda.get_device_capability() if num_gpus else None,
         has_triton=importlib.util.find_spec("triton") is not None,
         has_flashinfer=importlib.util.find_spec("flashinfer") is not None,
+        can_compile_cuda=_find_nvcc() is not None or importlib.util.find_spec("flashinfer_jit_cache") is not None,
     )
+
+
+def _find_nvcc() -> str | None:
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    places = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 def available_memory_bytes() -> int:

@@ -10,7 +10,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of `x + residual`, and that sum, which is the next residual."""
+    """`rms_norm` of `x + residual`, and that sum, which is the next residual.
+
+    Both arguments belong to the callee: an implementation may overwrite them.
+    """
     total = x + residual
     return rms_norm(total, weight, eps), total
 

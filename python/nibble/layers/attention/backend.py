@@ -19,6 +19,14 @@ class AttentionBatch:
     seq_lens: Sequence[int]
     page_tables: Sequence[Sequence[int]]
 
+    def slots(self, page_size: int) -> list[int]:
+        """Where the keys and values of the step's rows go: `page * page_size + offset` of each."""
+        return [
+            table[position // page_size] * page_size + position % page_size
+            for query_len, seq_len, table in zip(self.query_lens, self.seq_lens, self.page_tables, strict=True)
+            for position in range(seq_len - query_len, seq_len)
+        ]
+
 
 class AttentionStep(Protocol):
     """Attention of one step, planned once and run by every layer."""
@@ -30,3 +38,22 @@ class AttentionStep(Protocol):
 
 class AttentionBackend(Protocol):
     def plan(self, batch: AttentionBatch) -> AttentionStep: ...
+
+
+class GraphAttentionStep(AttentionStep, Protocol):
+    """Attention of decoding steps of a fixed number of rows: a CUDA graph may capture `forward`.
+
+    What differs from step to step lies in memory that stays where it is.
+    """
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Refreshes that memory for a batch of exactly so many sequences with one query each; not to be captured."""
+        ...
+
+
+class GraphAttentionBackend(AttentionBackend, Protocol):
+    """A backend whose decoding steps CUDA graphs can capture."""
+
+    def graph_step(self, rows: int, max_pages: int) -> GraphAttentionStep:
+        """For `rows` sequences that have at most `max_pages` pages together."""
+        ...

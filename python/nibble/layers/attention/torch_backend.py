@@ -49,19 +49,7 @@ class TorchAttentionBackend:
                 groups.append(self._group(batch, row, range(start, start + count)))
                 row += sum(batch.query_lens[start : start + count])
             first += len(lengths)
-        return self._slots(batch), groups
-
-    def _slots(self, batch: AttentionBatch) -> torch.Tensor:
-        """Where the new tokens of each sequence go. [T]"""
-        size = self.pool.page_size
-        return torch.tensor(
-            [
-                table[position // size] * size + position % size
-                for query_len, seq_len, table in zip(batch.query_lens, batch.seq_lens, batch.page_tables, strict=True)
-                for position in range(seq_len - query_len, seq_len)
-            ],
-            device=self.pool.device,
-        )
+        return torch.tensor(batch.slots(self.pool.page_size), device=self.pool.device), groups
 
     def _group(self, batch: AttentionBatch, first_row: int, members: range) -> SequenceGroup:
         seq_lens = [batch.seq_lens[i] for i in members]

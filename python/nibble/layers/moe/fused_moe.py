@@ -8,6 +8,7 @@ from nibble.config.resolve import EngineConfig
 from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.select import select_kernels
 from nibble.kernels.torch.wire_row import UnpackedRows
+from nibble.layers.dp_attention import mask_padding
 from nibble.layers.moe.token_dispatcher import (
     AllGatherDispatcher,
     Fp4AllGatherDispatcher,
@@ -43,7 +44,7 @@ class FusedMoE:
 
     def __call__(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         topk_ids, topk_weights = self.topk_softmax(router_logits, self.top_k, self.renormalize)  # [T, K]
-        rows = self.dispatcher.dispatch(x, topk_ids, topk_weights)  # [S, ...]
+        rows = self.dispatcher.dispatch(x, mask_padding(topk_ids), topk_weights)  # [S, ...]
         partial = self.method.apply(rows)  # [S, H]
         return self.dispatcher.combine(partial)  # [T, H]
 

@@ -1,0 +1,101 @@
+"""Paged attention through FlashInfer, on GPUs of compute capability 8.0 or newer.
+
+Steps in which every sequence has one query run FlashInfer's decode on tensor cores, all others its prefill. FlashInfer
+plans on the host, once a step, and compiles its kernels on first use, which takes about two minutes and is kept in its
+cache.
+"""
+
+from functools import partial
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+
+from nibble.kernels.triton.kv_cache import store_kv
+from nibble.kv_cache.pool import KvCachePool
+from nibble.layers.attention.backend import AttentionBatch
+
+_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; partial results of sequences that are shared out
+
+_int32 = partial(torch.tensor, dtype=torch.int32)
+
+
+class FlashInferBackend:
+    def __init__(self, pool: KvCachePool, num_heads: int, dtype: torch.dtype) -> None:
+        """`num_heads` query heads of this rank; `dtype` is that of queries and results."""
+        from flashinfer import (  # type: ignore[import-not-found]
+            BatchDecodeWithPagedKVCacheWrapper,
+            BatchPrefillWithPagedKVCacheWrapper,
+        )
+
+        self.pool = pool
+        _, page_size, kv_heads, self._head_dim = pool.keys[0].shape
+        self._shape = {
+            "num_qo_heads": num_heads,
+            "num_kv_heads": kv_heads,
+            "page_size": page_size,
+            "q_data_type": dtype,
+            "kv_data_type": pool.keys[0].dtype,
+        }
+        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
+        self._make_decode = partial(BatchDecodeWithPagedKVCacheWrapper, workspace, "NHD", use_tensor_cores=True)
+        self._decode = self._make_decode()
+        self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        self._graph_pages = torch.empty(0, dtype=torch.int32, device=pool.device)
+
+    def plan(self, batch: AttentionBatch) -> "FlashInferStep":
+        slots = torch.tensor(batch.slots(self.pool.page_size), device=self.pool.device)
+        if max(batch.query_lens) == 1:
+            self.plan_decode(self._decode, batch)
+            return FlashInferStep(self.pool, self._decode, slots)
+        first_queries = _int32([0, *accumulate(batch.query_lens)])
+        self._prefill.plan(first_queries, *self._pages(batch), head_dim_qk=self._head_dim, causal=True, **self._shape)
+        return FlashInferStep(self.pool, self._prefill, slots)
+
+    def graph_step(self, rows: int, max_pages: int) -> "FlashInferGraphStep":
+        """All graphs share the list of pages, so each is planned right before it is replayed."""
+        if self._graph_pages.numel() < max_pages:
+            self._graph_pages = torch.empty(max_pages, dtype=torch.int32, device=self.pool.device)
+        wrapper = self._make_decode(
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=self._graph_pages.new_empty(rows + 1),
+            paged_kv_indices_buffer=self._graph_pages,
+            paged_kv_last_page_len_buffer=self._graph_pages.new_empty(rows),
+        )
+        return FlashInferGraphStep(self, wrapper, rows)
+
+    def plan_decode(self, wrapper: Any, batch: AttentionBatch) -> None:
+        wrapper.plan(*self._pages(batch), head_dim=self._head_dim, **self._shape)
+
+    def _pages(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of B sequences: first page of each and of none [B + 1], pages of all, tokens in each one's last [B]."""
+        size = self.pool.page_size
+        counts = [-(-length // size) for length in batch.seq_lens]
+        tables = (table[:count] for table, count in zip(batch.page_tables, counts, strict=True))
+        return (
+            _int32([0, *accumulate(counts)]),
+            _int32(list(chain.from_iterable(tables))),
+            _int32([(length - 1) % size + 1 for length in batch.seq_lens]),
+        )
+
+
+class FlashInferStep:
+    def __init__(self, pool: KvCachePool, wrapper: Any, slots: torch.Tensor) -> None:
+        self.pool, self.wrapper, self.slots = pool, wrapper, slots
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        store_kv(k, v, self.slots, keys, values)
+        return self.wrapper.run(q, (keys, values)).flatten(1)
+
+
+class FlashInferGraphStep(FlashInferStep):
+    """Decoding steps of `rows` sequences, whose pages and slots are copied to where the graph reads them."""
+
+    def __init__(self, backend: FlashInferBackend, wrapper: Any, rows: int) -> None:
+        super().__init__(backend.pool, wrapper, torch.zeros(rows, dtype=torch.int64, device=backend.pool.device))
+        self._backend = backend
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._backend.plan_decode(self.wrapper, batch)
+        self.slots.copy_(torch.tensor(batch.slots(self.pool.page_size)), non_blocking=True)

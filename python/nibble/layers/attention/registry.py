@@ -1,0 +1,22 @@
+"""Attention backends by the names that `config.resolve` decides on."""
+
+from nibble.config.resolve import EngineConfig
+from nibble.kv_cache.pool import KvCachePool
+from nibble.layers.attention.backend import AttentionBackend
+from nibble.utils.dtypes import torch_dtype
+
+
+def create_attention_backend(config: EngineConfig, pool: KvCachePool) -> AttentionBackend:
+    match config.attention_backend:
+        case "flashinfer":
+            from nibble.layers.attention.flashinfer_backend import FlashInferBackend
+
+            return FlashInferBackend(pool, config.model.num_heads, torch_dtype(config.dtype))
+        case "c":
+            from nibble.layers.attention.cpu_backend import CpuAttentionBackend
+
+            return CpuAttentionBackend(pool)
+        case _:
+            from nibble.layers.attention.torch_backend import TorchAttentionBackend
+
+            return TorchAttentionBackend(pool)
