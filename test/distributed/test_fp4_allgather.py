@@ -44,7 +44,7 @@ CONFIG = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
-    "num_experts": 12,
+    "num_experts": 24,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,

@@ -23,12 +23,13 @@ pytestmark = pytest.mark.gpu
 checkpoint = on_cpu.checkpoint
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
+SIZES = {**on_cpu.SIZES, 8: [[2] * 8, [3, 1, 6, 2, 9, 4, 1, 5], [0, 4, 1, 0, 2, 0, 3, 1]]}
 COUNT = 200
 NEAR_TIE = 1.0
 """Natural-log probability between the two likeliest tokens; BF16 activations and FP4 round by up to a few percent."""
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[1, 2, 4, 8])
 def ranks(request, tmp_path_factory) -> Iterator[RankProcesses]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in multi_rank_gpu_environment(request.param).items():
@@ -38,7 +39,7 @@ def ranks(request, tmp_path_factory) -> Iterator[RankProcesses]:
 
 
 def test_fp4_gather_on_and_off_give_the_same_bits(ranks, checkpoint):
-    for sizes in on_cpu.SIZES[ranks.world_size]:
+    for sizes in SIZES[ranks.world_size]:
         arguments = {"folder": str(checkpoint), "sizes": sizes, "backend": "shared_memory", "device": "cuda"}
         on = ranks.run(on_cpu.forward, fp4=True, **arguments)
         off = ranks.run(on_cpu.forward, fp4=False, **arguments)
@@ -68,7 +69,7 @@ def answers(device: str, ranks: int) -> list[dict]:
     return outputs
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_the_answers_are_those_of_the_cpu_but_for_near_ties(num_ranks):
     same = total = 0
     for expected, found in zip(answers("cpu", 1), answers("cuda", num_ranks), strict=True):

@@ -1,0 +1,60 @@
+"""Decoding steps as CUDA graphs compute what their kernels compute, whatever each rank has to do."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+import graph_ranks as on_rank
+import nibble
+from nibble.distributed.pynccl import multi_rank_gpu_environment
+from rank_processes import RankProcesses
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4, 8], ids="{}-ranks".format)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in multi_rank_gpu_environment(request.param).items():
+            environment.setenv(name, value)
+        with RankProcesses(request.param, tmp_path_factory.mktemp("ranks"), timeout_s=170) as processes:
+            yield processes
+
+
+def test_a_replay_is_bit_equal_to_its_kernels_even_uneven_and_with_idle_ranks(ranks: RankProcesses) -> None:
+    """Ranks that choose a graph each by their own rows read memory of no one: all take that of the fullest rank."""
+    world_size = ranks.world_size
+    uneven = [[(5 * rank + step) % 8 + 1 for rank in range(world_size)] for step in range(3)]
+    one_idle = [[0 if rank == idle else 3 for rank in range(world_size)] for idle in range(min(world_size, 3))]
+    only_last = [[0] * (world_size - 1) + [2]]
+    sizes = [[1] * world_size, [8] * world_size, *uneven, *(one_idle if world_size > 1 else []), *only_last]
+    ranks.run(on_rank.check_replays, sizes=sizes)
+
+
+def test_greedy_text_is_the_same_with_and_without_graphs() -> None:
+    """One request at a time: the rows of a step, and so the order of sums, are the same."""
+    questions = [
+        "What is 17 plus 25?",
+        "Tom has 12 apples and buys 30 more. How many does he have?",
+        "What is 9 minus 4?",
+    ]
+    texts = []
+    for disable_cuda_graph in (False, True):
+        with nibble.Engine(
+            model_path=str(on_rank.DEMO_MODEL),
+            device="cuda",
+            disable_cuda_graph=disable_cuda_graph,
+            log_level="warning",
+        ) as engine:
+            assert (engine.config.cuda_graph_rows == ()) == disable_cuda_graph
+            prompts = [
+                engine.tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in questions
+            ]
+            sampling = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
+            texts.append(
+                [engine.generate(input_ids=prompt, sampling_params=sampling)["output_ids"] for prompt in prompts]
+            )
+    assert texts[0] == texts[1]
