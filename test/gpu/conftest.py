@@ -1,7 +1,16 @@
 """Tests marked gpu are skipped where there is none."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+
+COMPILED_BY_FLASHINFER = (
+    "test_layer_kernels_gpu.py", "test_flashinfer_attention.py", "test_cuda_graphs.py", "test_engine_gpu.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -9,3 +18,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items.sort(key=lambda item: item.path.name in COMPILED_BY_FLASHINFER)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flashinfer_compiles_meanwhile() -> Iterator[None]:
+    """In the background, while the first tests run: it takes minutes, and the tests that need it come last."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    script = str(Path(__file__).with_name("compile_flashinfer.py"))
+    compilers = [subprocess.Popen([sys.executable, script, head_dim]) for head_dim in ("64", "128")]
+    yield
+    for compiler in compilers:
+        compiler.kill()
+        compiler.wait()

@@ -42,9 +42,11 @@ class ModelRunner:
         self.vocab_size = config.model.vocab_size
         self._graphs: CudaGraphRunner | None = None
         num_pages = config.num_pages
-        if num_pages is None:
-            on_stage("measuring the memory of a step")
-            num_pages = self._pages_that_fit()
+        if self.device.type == "cuda":
+            on_stage("compiling kernels and measuring the largest step")
+            activations = self._measure_largest_step()
+            num_pages = num_pages or self._pages_that_fit(activations)
+        assert num_pages is not None  # config.resolve leaves it open on GPUs only
         on_stage("allocating the KV cache")
         self._allocate_cache(num_pages)
         if config.cuda_graph_rows:
@@ -70,12 +72,10 @@ class ModelRunner:
         self.pool = KvCachePool(config.model, num_pages, config.args.page_size, dtype, self.device)
         self.attention_backend = create_attention_backend(config, self.pool)
 
-    def _pages_that_fit(self) -> int:
+    def _pages_that_fit(self, activations: int) -> int:
         """Pages of KV cache beside weights and activations in this rank's share of its GPU, the same on all ranks."""
         config, args = self.config, self.config.args
-        torch.cuda.empty_cache()
         weights = torch.cuda.memory_allocated(self.device)
-        activations = self._measure_largest_step() - weights
         self.parallel.cpu_group.barrier()  # all ranks of a GPU have their weights, and none its cache
         free, total = torch.cuda.mem_get_info(self.device)
         share = min(
@@ -98,8 +98,12 @@ class ModelRunner:
         return pages
 
     def _measure_largest_step(self) -> int:
-        """Peak of allocated bytes when every rank computes as long a prompt as a step may hold. Collective."""
+        """Bytes beside the weights that a step takes in which every rank has as many rows as it may. Collective.
+
+        It also compiles kernels, so that no request waits for that.
+        """
         config, args = self.config, self.config.args
+        weights = torch.cuda.memory_allocated(self.device)
         tokens = min(args.chunked_prefill_size, config.context_length)
         pages = -(-tokens // args.page_size)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -110,7 +114,7 @@ class ModelRunner:
         peak = torch.cuda.max_memory_allocated(self.device)
         del self.pool, self.attention_backend
         torch.cuda.empty_cache()
-        return peak
+        return peak - weights
 
     @torch.inference_mode()
     def forward(
