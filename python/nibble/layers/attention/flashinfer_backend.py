@@ -15,9 +15,9 @@ from nibble.kernels.triton.kv_cache import store_kv
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch
 
-_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; partial results of sequences that are shared out
+WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; partial results of sequences that are shared out
 
-_int32 = partial(torch.tensor, dtype=torch.int32)
+int32 = partial(torch.tensor, dtype=torch.int32)
 
 
 class FlashInferBackend:
@@ -37,7 +37,7 @@ class FlashInferBackend:
             "q_data_type": dtype,
             "kv_data_type": pool.keys[0].dtype,
         }
-        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
         self._make_decode = partial(BatchDecodeWithPagedKVCacheWrapper, workspace, "NHD", use_tensor_cores=True)
         self._decode = self._make_decode()
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
@@ -48,7 +48,7 @@ class FlashInferBackend:
         if max(batch.query_lens) == 1:
             self.plan_decode(self._decode, batch)
             return FlashInferStep(self.pool, self._decode, slots)
-        first_queries = _int32([0, *accumulate(batch.query_lens)])
+        first_queries = int32([0, *accumulate(batch.query_lens)])
         self._prefill.plan(first_queries, *self._pages(batch), head_dim_qk=self._head_dim, causal=True, **self._shape)
         return FlashInferStep(self.pool, self._prefill, slots)
 
@@ -68,15 +68,16 @@ class FlashInferBackend:
         wrapper.plan(*self._pages(batch), head_dim=self._head_dim, **self._shape)
 
     def _pages(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of B sequences: first page of each and of none [B + 1], pages of all, tokens in each one's last [B]."""
+        """`page_lists`, and the tokens in the last page of each sequence [B]."""
         size = self.pool.page_size
-        counts = [-(-length // size) for length in batch.seq_lens]
-        tables = (table[:count] for table, count in zip(batch.page_tables, counts, strict=True))
-        return (
-            _int32([0, *accumulate(counts)]),
-            _int32(list(chain.from_iterable(tables))),
-            _int32([(length - 1) % size + 1 for length in batch.seq_lens]),
-        )
+        return *page_lists(batch, size), int32([(length - 1) % size + 1 for length in batch.seq_lens])
+
+
+def page_lists(batch: AttentionBatch, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of B sequences, on the host: where the pages of each begin, and end [B + 1], and the pages of all."""
+    counts = [-(-length // page_size) for length in batch.seq_lens]
+    tables = (table[:count] for table, count in zip(batch.page_tables, counts, strict=True))
+    return int32([0, *accumulate(counts)]), int32(list(chain.from_iterable(tables)))
 
 
 class FlashInferStep:
