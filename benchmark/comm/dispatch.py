@@ -8,9 +8,12 @@ per call, then one JSON line. Every figure is the median of replays of a graph o
 
     FP4 packed   quantize, pack into wire rows, gather one tensor (quantization is part of the time)
     FP4 list     gather values, scales, expert ids and weights, quantized before and not timed, as four tensors
+    FP4 roots    the same with one broadcast per root and tensor also for even sizes, which otherwise NCCL gathers
     BF16         gather the rows, expert ids and weights, not quantized
     all-reduce   put the own BF16 rows into zeros and sum over the ranks, which padding to a common size allows
     combine      sum the partial results, and keep the own rows
+    both, list   FP4 roots, then combine
+    peer         through peer memory: dispatch (quantization is part of the time), combine, and one after the other
 
 The floor is what moving the rows once would take: every rank of a GPU reads and writes all rows (FP4 packed, or BF16
 for the combine, which reads as many terms as there are ranks) at the rate of a copy within the GPU's memory.
@@ -29,9 +32,12 @@ from pathlib import Path
 
 import torch
 
+from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_memory
 from nibble.distributed.pynccl import PyNcclCommunicator, multi_rank_gpu_environment
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
 from nibble.kernels.torch.wire_row import WireRowLayout
+from nibble.kernels.triton.peer_combine import peer_combine
+from nibble.kernels.triton.peer_dispatch import peer_dispatch
 from nibble.kernels.triton.wire_row import quantize_pack, unpack
 
 HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 7168, 8, 256
@@ -89,13 +95,17 @@ def measure_as_rank(rank: int, num_ranks: int, rows: list[int], run_dir: Path) -
     cpu_group.barrier()
     group = PyNcclCommunicator(cpu_group, "dispatch", 60, device)
     ranks_per_gpu = -(-num_ranks // torch.cuda.device_count())
+    layout = SegmentLayout(num_ranks * max(rows), LAYOUT.row_bytes, HIDDEN_SIZE)
+    memory = open_peer_memory(cpu_group, group.device, layout, 30, ranks_per_gpu)
     results: Results = {}
     for size in rows:
-        times = {name: time_graph(call, group, cpu_group) for name, call in cases(group, size).items()}
+        times = {name: time_graph(call, group, cpu_group) for name, call in cases(group, memory, size).items()}
         moved = ranks_per_gpu * size * num_ranks / bytes_per_second * 1e6 if rank == 0 else 0.0
         times["floor, FP4"] = 2 * moved * LAYOUT.row_bytes
         times["floor, combine"] = moved * 2 * HIDDEN_SIZE * (1 + 1 / num_ranks)
         results[str(size)] = {name: round(value, 1) for name, value in times.items()}
+    memory.raise_failure()
+    memory.close()
     group.barrier()
     group.close()
     cpu_group.close()
@@ -120,18 +130,18 @@ def copy_rate(device: torch.device) -> float:
     return rate
 
 
-def cases(group: PyNcclCommunicator, mean: int) -> dict[str, Callable[[], object]]:
+def cases(group: PyNcclCommunicator, memory: PeerMemory, mean: int) -> dict[str, Callable[[], object]]:
     even = [mean] * group.world_size
     # The same sum of differences on every machine; none is empty.
     uneven = [max(1, mean + mean * (rank * 5 % 7 - 3) // 8) for rank in range(group.world_size)]
     calls: dict[str, Callable[[], object]] = {}
     for name, sizes in (("even", even), ("uneven", uneven)):
-        for case, call in cases_of_sizes(group, sizes).items():
+        for case, call in cases_of_sizes(group, memory, sizes).items():
             calls[f"{case}, {name}"] = call
     return calls
 
 
-def cases_of_sizes(group: PyNcclCommunicator, sizes: list[int]) -> dict[str, Callable[[], object]]:
+def cases_of_sizes(group: PyNcclCommunicator, memory: PeerMemory, sizes: list[int]) -> dict[str, Callable[[], object]]:
     device, rows = group.device, sizes[group.rank]
     x = torch.randn(rows, HIDDEN_SIZE, device=device, dtype=torch.bfloat16)
     ids = torch.randint(0, NUM_EXPERTS, (rows, TOP_K), device=device, dtype=torch.int32)
@@ -140,6 +150,7 @@ def cases_of_sizes(group: PyNcclCommunicator, sizes: list[int]) -> dict[str, Cal
     fields = unpack(quantize_pack(x, ids, weights, input_scale), LAYOUT)
     four = [fields.x_fp4, fields.x_scale, fields.topk_ids, fields.topk_weights]
     partial = torch.randn(sum(sizes), HIDDEN_SIZE, device=device, dtype=torch.bfloat16)
+    memory.partial(sum(sizes)).copy_(partial)
     start = sum(sizes[: group.rank])
 
     def pad_and_all_reduce() -> torch.Tensor:
@@ -147,12 +158,33 @@ def cases_of_sizes(group: PyNcclCommunicator, sizes: list[int]) -> dict[str, Cal
         everything[start : start + rows] = x
         return group.all_reduce(everything)
 
+    def gather_from_roots() -> list[torch.Tensor]:
+        gathered = [tensor.new_empty(sum(sizes), tensor.shape[1]) for tensor in four]
+        with group._nccl.group():
+            for tensor, output in zip(four, gathered, strict=True):
+                group._broadcast_rows(tensor, output, tuple(sizes), group._comm_and_stream())
+        return gathered
+
+    def combine() -> torch.Tensor:
+        return group.reduce_scatterv(partial, sizes)
+
+    def dispatch_to_peers() -> torch.Tensor:
+        return peer_dispatch(memory, x, ids, weights, input_scale, sizes)
+
+    def combine_from_peers() -> torch.Tensor:
+        return peer_combine(memory, sizes)
+
     return {
         "FP4 packed": lambda: group.all_gatherv(quantize_pack(x, ids, weights, input_scale), sizes),
         "FP4 list": lambda: group.all_gatherv(four, sizes),
         "BF16": lambda: group.all_gatherv([x, ids, weights], sizes),
         "all-reduce": pad_and_all_reduce,
-        "combine": lambda: group.reduce_scatterv(partial, sizes),
+        "combine": combine,
+        "FP4 roots": gather_from_roots,
+        "both, list": lambda: (gather_from_roots(), combine()),
+        "peer dispatch": dispatch_to_peers,
+        "peer combine": combine_from_peers,
+        "peer both": lambda: (dispatch_to_peers(), combine_from_peers()),
     }
 
 

@@ -181,8 +181,11 @@ class PyNcclCommunicator(Communicator):
     def _gather_rows(self, x: Tensor, output: Tensor, sizes: tuple[int, ...], where: tuple[Comm, int]) -> None:
         if min(sizes) == max(sizes):
             self._nccl.all_gather(x.data_ptr(), output.data_ptr(), x.nbytes, DataType.UINT8, *where)
-            return
-        # One broadcast a root, all in one group: from NCCL 2.29 on a single kernel.
+        else:
+            self._broadcast_rows(x, output, sizes, where)
+
+    def _broadcast_rows(self, x: Tensor, output: Tensor, sizes: tuple[int, ...], where: tuple[Comm, int]) -> None:
+        """One broadcast a root, to be called in a group: from NCCL 2.29 on a single kernel."""
         address, row_bytes = output.data_ptr(), output.nbytes // output.shape[0]
         for root, rows in enumerate(sizes):
             if rows:

@@ -58,7 +58,7 @@ def quantize_pack(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, input_scale
     routing_programs = triton.cdiv(routing_words, _ROUTING_TILE)
     block_programs = triton.cdiv(num_blocks, _TILE_BLOCKS * tiles_per_program)
     _quantize_pack_kernel[(routing_programs + block_programs,)](
-        _value_pairs(x),
+        value_pairs(x),
         topk_ids.contiguous(),
         topk_weights.contiguous(),
         input_scale,
@@ -125,7 +125,7 @@ def unpack(rows: Tensor, layout: WireRowLayout, swizzled: bool = False) -> Unpac
     return fields
 
 
-def _value_pairs(x: Tensor) -> Tensor:
+def value_pairs(x: Tensor) -> Tensor:
     """`x`, contiguous, as integers of two values each. Copies only if it has to."""
     x = x.contiguous()
     return (x.clone() if x.storage_offset() % 2 else x).view(_PAIR_DTYPES[x.dtype])
@@ -151,56 +151,64 @@ def _quantize_pack_kernel(
 ):
     program = tl.program_id(0)
     if program < routing_programs:
-        _copy_routing(
-            program, ids_ptr, weights_ptr, rows_ptr, num_rows,
-            TOP_K, SCALE_OFFSET + BLOCKS_PER_ROW, IDS_OFFSET, ROW_BYTES, ROUTING_TILE,
+        WORDS: tl.constexpr = (ROW_BYTES - IDS_OFFSET) // 4
+        index = program * ROUTING_TILE + tl.arange(0, ROUTING_TILE)
+        row = index // WORDS
+        copy_routing(
+            row, index - row * WORDS, row < num_rows, ids_ptr, weights_ptr, rows_ptr,
+            TOP_K, SCALE_OFFSET + BLOCKS_PER_ROW, IDS_OFFSET, ROW_BYTES,
         )  # fmt: skip
     else:
         num_blocks = num_rows * BLOCKS_PER_ROW
         first_tile = (program - routing_programs) * TILES_PER_PROGRAM
         end = first_tile + TILES_PER_PROGRAM
-        low, high = _load_tile(first_tile, end, x_ptr, num_blocks, TILE_BLOCKS)
-        input_scale = tl.load(input_scale_ptr)
-        is_bf16: tl.constexpr = x_ptr.dtype.element_ty == tl.int32
-        corrections, multiply = 0, False
-        if is_bf16:
-            corrections, multiply = reciprocal_corrections(input_scale)
+        block = first_tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+        low, high = load_blocks(block, block < num_blocks, x_ptr)
+        input_scale, corrections, multiply = load_input_scale(input_scale_ptr, x_ptr)
         for tile in range(first_tile, end):
-            next_low, next_high = _load_tile(tile + 1, end, x_ptr, num_blocks, TILE_BLOCKS)
-            _quantize_tile(
-                tile, low, high, input_scale, corrections, multiply, rows_ptr, num_blocks,
-                BLOCKS_PER_ROW, SCALE_OFFSET, ROW_BYTES, TILE_BLOCKS,
+            next_block = block + TILE_BLOCKS
+            next_low, next_high = load_blocks(next_block, (next_block < num_blocks) & (tile + 1 < end), x_ptr)
+            quantize_blocks(
+                block, block < num_blocks, low, high, input_scale, corrections, multiply, rows_ptr,
+                BLOCKS_PER_ROW, SCALE_OFFSET, ROW_BYTES,
             )  # fmt: skip
-            low, high = next_low, next_high
+            block, low, high = next_block, next_low, next_high
 
 
 @triton.jit
-def _load_tile(tile, end, x_ptr, num_blocks, TILE_BLOCKS: tl.constexpr):
-    """The pairs of a tile's blocks, as two halves [TILE_BLOCKS, 4]: so a thread takes 16 bytes at once."""
-    block = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-    mask = ((block < num_blocks) & (tile < end))[:, None]
+def load_blocks(block, mask, x_ptr):
+    """The pairs of blocks, counted through all rows, as two halves [blocks, 4]: so a thread takes 16 bytes at once."""
     pair_ptr = x_ptr + block.to(tl.int64)[:, None] * 8 + tl.arange(0, 4)[None, :]
+    mask = mask[:, None]
     return tl.load(pair_ptr, mask=mask, other=0), tl.load(pair_ptr + 4, mask=mask, other=0)
 
 
 @triton.jit
-def _quantize_tile(
-    tile,
+def load_input_scale(input_scale_ptr, x_ptr):
+    """The scale of all rows, and the reciprocals to use with it, where those of its divisors give the right codes."""
+    input_scale = tl.load(input_scale_ptr)
+    is_bf16: tl.constexpr = x_ptr.dtype.element_ty == tl.int32
+    corrections, multiply = 0, False
+    if is_bf16:
+        corrections, multiply = reciprocal_corrections(input_scale)
+    return input_scale, corrections, multiply
+
+
+@triton.jit
+def quantize_blocks(
+    block,
+    mask,
     low,
     high,
     input_scale,
     corrections,
     multiply,
     rows_ptr,
-    num_blocks,
     BLOCKS_PER_ROW: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
     ROW_BYTES: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
 ):
-    """Quantizes `TILE_BLOCKS` blocks, counted through all rows."""
-    block = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-    mask = block < num_blocks
+    """Quantizes blocks, counted through all rows, and stores values and scales in their wire rows."""
     p0, p1, p2, p3 = _split4(low)
     p4, p5, p6, p7 = _split4(high)
     low_amax = tl.maximum(tl.maximum(_pair_amax(p0), _pair_amax(p1)), tl.maximum(_pair_amax(p2), _pair_amax(p3)))
@@ -286,24 +294,19 @@ def _code(bits, factor, DIVIDE: tl.constexpr):
 
 
 @triton.jit
-def _copy_routing(
-    tile,
+def copy_routing(
+    row,
+    column,
+    mask,
     ids_ptr,
     weights_ptr,
     rows_ptr,
-    num_rows,
     TOP_K: tl.constexpr,
     SCALE_END: tl.constexpr,
     IDS_OFFSET: tl.constexpr,
     ROW_BYTES: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    """Writes what follows the scales: padding, ids, weights, padding."""
-    WORDS: tl.constexpr = (ROW_BYTES - IDS_OFFSET) // 4
-    index = tile * TILE + tl.arange(0, TILE)
-    row = index // WORDS
-    column = index - row * WORDS
-    mask = row < num_rows
+    """Writes the words `column` of what follows the scales of `row`: padding, ids, weights, padding."""
     is_id = column < TOP_K
     is_weight = (column >= TOP_K) & (column < 2 * TOP_K)
     ids = tl.load(ids_ptr + row * TOP_K + column, mask=mask & is_id, other=0)

@@ -1,0 +1,210 @@
+"""Memory of every rank that all ranks of the host read and write: what dispatch and combine go through without NCCL.
+
+A rank owns one segment: a header for meeting the others (`kernels/triton/peer_sync.py`), then the rows that all ranks
+bring to it, then its partial results, which all ranks read. docs/peer_memory.md says why nobody writes what somebody
+still reads.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nibble.distributed.communicator import CollectiveError, Communicator, PeerError
+from nibble.distributed.cuda_ipc import HANDLE_BYTES, CudaIpc, CudaIpcError, as_tensor
+from nibble.kernels.triton.nvfp4_tiles import num_multiprocessors
+from nibble.kernels.triton.peer_sync import (
+    FAILURE_ADDRESS,
+    HEADER_BYTES,
+    MAX_RANKS,
+    PATIENCE_NS,
+    PEERS,
+    mark_kernel,
+    read_marks_kernel,
+)
+
+_ALIGNMENT = 256
+_REASON_BYTES = 256
+
+
+class PeerMemoryUnavailable(Exception):
+    """Why the ranks cannot share memory; the same reason on every rank."""
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """Where things are in a segment, for at most `max_rows` rows of all ranks in one step."""
+
+    max_rows: int
+    row_bytes: int
+    hidden_size: int
+    rows_offset: int = field(init=False, default=HEADER_BYTES)
+    partial_offset: int = field(init=False)
+    num_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        partial_offset = _align(self.rows_offset + self.max_rows * self.row_bytes)
+        object.__setattr__(self, "partial_offset", partial_offset)
+        object.__setattr__(self, "num_bytes", _align(partial_offset + self.max_rows * self.hidden_size * 2))
+
+
+class PeerMemory:
+    """This rank's segment, and where the segments of all ranks are mapped."""
+
+    def __init__(
+        self,
+        rank: int,
+        layout: SegmentLayout,
+        segment: Tensor,
+        addresses: Sequence[int],
+        timeout_s: float,
+        ranks_per_gpu: int,
+    ) -> None:
+        """`segment` is uint8 [layout.num_bytes], its header zero; `addresses` are those of all segments, by rank.
+
+        A kernel waits at most `timeout_s` for the others. `ranks_per_gpu` share the device of the segment.
+        """
+        assert len(addresses) <= MAX_RANKS
+        device = segment.device
+        self.rank, self.world_size, self.ranks_per_gpu = rank, len(addresses), ranks_per_gpu
+        self.layout, self.segment = layout, segment
+        self.timeout_s = timeout_s
+        self._failure = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        words = segment[:HEADER_BYTES].view(torch.int64)
+        words[PATIENCE_NS] = int(timeout_s * 1e9)
+        words[FAILURE_ADDRESS] = self._failure.data_ptr()  # pinned, so the same on the device
+        words[PEERS : PEERS + self.world_size] = torch.tensor(addresses, device=device)
+        self.num_multiprocessors = num_multiprocessors(device)
+        self.teardown = ExitStack()
+        """What `close` undoes."""
+
+    def rows(self, num_rows: int, row_bytes: int) -> Tensor:
+        """The first rows that all ranks have brought: uint8 [num_rows, row_bytes]."""
+        self._check_fits(num_rows)
+        assert row_bytes <= self.layout.row_bytes
+        begin = self.layout.rows_offset
+        return self.segment[begin : begin + num_rows * row_bytes].view(num_rows, row_bytes)
+
+    def partial(self, num_rows: int) -> Tensor:
+        """Where this rank's partial results of `num_rows` rows belong: bf16 [num_rows, H]."""
+        self._check_fits(num_rows)
+        begin, row_bytes = self.layout.partial_offset, 2 * self.layout.hidden_size
+        partial = self.segment[begin : begin + num_rows * row_bytes].view(torch.bfloat16)
+        return partial.view(num_rows, self.layout.hidden_size)
+
+    def raise_failure(self) -> None:
+        """Raises PeerError, with the ranks by name, if some did not come in time. Waits for nothing."""
+        missing = int(self._failure.item())
+        if missing:
+            ranks = ", ".join(str(rank) for rank in range(self.world_size) if missing >> rank & 1)
+            raise PeerError(
+                f"rank {ranks} did not arrive within {self.timeout_s:g} s in a dispatch or combine through peer memory"
+            )
+
+    def close(self) -> None:
+        """Collective, unless a peer failed: memory is freed once nobody maps it. May be called twice."""
+        if self.segment.device.type == "cuda":
+            torch.cuda.synchronize(self.segment.device)
+        self.teardown.close()
+
+    def _check_fits(self, num_rows: int) -> None:
+        if num_rows > self.layout.max_rows:
+            raise ValueError(
+                f"{num_rows} rows of all ranks in one step, and the peer memory was sized for {self.layout.max_rows}"
+            )
+
+
+def open_peer_memory(
+    cpu_group: Communicator, device: torch.device, layout: SegmentLayout, timeout_s: float, ranks_per_gpu: int
+) -> PeerMemory:
+    """Allocates this rank's segment and maps those of all others. Collective.
+
+    `cpu_group`, the same ranks on the CPU, brings the handles to them and stays open until the memory is closed.
+    Raises PeerMemoryUnavailable, on all ranks alike, if one of them cannot reach another's memory, which each tries
+    by writing into every segment and reading from it.
+    """
+    if cpu_group.world_size > MAX_RANKS:
+        raise PeerMemoryUnavailable(f"{cpu_group.world_size} ranks are more than the {MAX_RANKS} that it is made for")
+    with ExitStack() as teardown:
+        cuda, own, handle = _allocate(cpu_group, device, layout.num_bytes, teardown)
+        teardown.callback(_wait_for_all, cpu_group)  # before this rank frees what others map
+        addresses = _map_all(cpu_group, cuda, own, handle, teardown)
+        segment = as_tensor(own, layout.num_bytes, device)
+        memory = PeerMemory(cpu_group.rank, layout, segment, addresses, timeout_s, ranks_per_gpu)
+        _agree(cpu_group, _why_out_of_reach(cpu_group, memory))
+        memory.teardown.push(teardown.pop_all())
+    return memory
+
+
+def _allocate(
+    cpu_group: Communicator, device: torch.device, num_bytes: int, teardown: ExitStack
+) -> tuple[CudaIpc, int, Tensor]:
+    """The driver, the address of this rank's segment, its header zero, and its handle as bytes."""
+    cuda, own, handle, failure = None, 0, bytes(HANDLE_BYTES), ""
+    try:
+        cuda = CudaIpc()
+        own = cuda.allocate(num_bytes)
+        teardown.callback(cuda.free, own)
+        handle = cuda.export(own)
+        as_tensor(own, HEADER_BYTES, device).zero_()
+        torch.cuda.synchronize(device)
+    except CudaIpcError as error:
+        failure = str(error)
+    _agree(cpu_group, failure)
+    assert cuda is not None
+    return cuda, own, torch.frombuffer(bytearray(handle), dtype=torch.uint8)
+
+
+def _map_all(cpu_group: Communicator, cuda: CudaIpc, own: int, handle: Tensor, teardown: ExitStack) -> list[int]:
+    """The addresses of all segments, by rank."""
+    handles = cpu_group.all_gather(handle.view(1, HANDLE_BYTES))
+    addresses, failure = [], ""
+    for rank in range(cpu_group.world_size):
+        if rank == cpu_group.rank:
+            addresses.append(own)
+            continue
+        try:
+            addresses.append(cuda.open(bytes(handles[rank].tolist())))
+            teardown.callback(cuda.close, addresses[-1])
+        except CudaIpcError as error:
+            failure = f"the memory of rank {rank} cannot be mapped: {error}"
+            break
+    _agree(cpu_group, failure)
+    return addresses
+
+
+def _why_out_of_reach(cpu_group: Communicator, memory: PeerMemory) -> str:
+    """Leaves a mark in every segment, then looks for the marks of all ranks in the own and in every other segment."""
+    device, world_size = memory.segment.device, memory.world_size
+    mark_kernel[(1,)](memory.segment, memory.rank, WORLD_SIZE=world_size, num_warps=1)
+    torch.cuda.synchronize(device)
+    cpu_group.barrier()
+    found = torch.zeros(world_size, 2, dtype=torch.int64, device=device)
+    read_marks_kernel[(1,)](memory.segment, found, WORLD_SIZE=world_size, num_warps=1)
+    for rank, (written, read) in enumerate(found.tolist()):
+        if written != rank + 1:
+            return f"what rank {rank} wrote into the memory of rank {memory.rank} did not arrive"
+        if read != rank + 1:
+            return f"what rank {memory.rank} read from the memory of rank {rank} is not what is there"
+    return ""
+
+
+def _agree(cpu_group: Communicator, failure: str) -> None:
+    """Raises the first rank's failure on every rank."""
+    text = torch.zeros(1, _REASON_BYTES, dtype=torch.uint8)
+    encoded = failure.encode()[:_REASON_BYTES]
+    text[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    for rank, row in enumerate(cpu_group.all_gather(text)):
+        if reason := bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"):
+            raise PeerMemoryUnavailable(f"rank {rank}: {reason}")
+
+
+def _wait_for_all(cpu_group: Communicator) -> None:
+    with suppress(CollectiveError):  # then the others are gone
+        cpu_group.barrier()
+
+
+def _align(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,163 @@
+"""What one rank does in the tests of peer memory. All ranks share GPU 0. Runs in the processes of `rank_processes`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+import peer_memory_cases as cases
+from nibble.distributed.communicator import PeerError
+from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_memory
+from nibble.distributed.shared_memory import SharedMemoryCommunicator
+from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
+from nibble.kernels.triton.peer_combine import peer_combine
+from nibble.kernels.triton.peer_dispatch import peer_dispatch
+from rank_processes import Rank
+
+DEVICE = torch.device("cuda", 0)
+LAYOUT = WireRowLayout(2048, 8)
+MAX_ROWS = 2048
+INPUT_SCALE = torch.tensor(0.01)
+
+
+def join(rank: Rank, name: str, timeout_s: float = 30, max_rows: int = MAX_ROWS) -> PeerMemory:
+    """Through a group on the CPU that stays open, in `rank.state`."""
+    group = SharedMemoryCommunicator(rank.rank, rank.world_size, rank.run_dir, name, 30)
+    rank.state[f"cpu group {name}"] = group
+    torch.cuda.set_device(DEVICE)
+    layout = SegmentLayout(max_rows, LAYOUT.row_bytes, LAYOUT.hidden_size)
+    return open_peer_memory(group, DEVICE, layout, timeout_s, rank.world_size)
+
+
+def shared(rank: Rank) -> PeerMemory:
+    """The memory that most checks use, one after the other."""
+    if "memory" not in rank.state:
+        rank.state["memory"] = join(rank, "shared")
+    memory: PeerMemory = rank.state["memory"]
+    return memory
+
+
+def finish(memory: PeerMemory) -> None:
+    torch.cuda.synchronize()
+    memory.raise_failure()
+
+
+class Step:
+    """A layer's dispatch and combine, on inputs that stay where they are so that a graph can be captured."""
+
+    def __init__(self, memory: PeerMemory, sizes: list[int]) -> None:
+        self.memory, self.sizes = memory, sizes
+        self.scale = INPUT_SCALE.to(DEVICE)
+        self.rows = [tensor.to(DEVICE) for tensor in cases.rows_of(sizes, LAYOUT)[memory.rank]]
+        self.partial = cases.partials_of(sizes, LAYOUT.hidden_size)[memory.rank].to(DEVICE)
+
+    def run(self) -> list[Tensor]:
+        gathered = peer_dispatch(self.memory, *self.rows, self.scale, self.sizes).clone()
+        self.memory.partial(sum(self.sizes)).copy_(self.partial)
+        return [gathered, peer_combine(self.memory, self.sizes)]
+
+    def change_inputs(self, seed: int) -> None:
+        for tensor, new in zip(self.rows, cases.rows_of(self.sizes, LAYOUT, seed)[self.memory.rank], strict=True):
+            tensor.copy_(new)
+        self.partial.copy_(cases.partials_of(self.sizes, LAYOUT.hidden_size, seed)[self.memory.rank])
+
+    def check(self, results: list[Tensor], seed: int) -> None:
+        finish(self.memory)
+        gathered, out = (result.cpu() for result in results)
+        expected = [quantize_pack(*rows, INPUT_SCALE) for rows in cases.rows_of(self.sizes, LAYOUT, seed)]
+        assert torch.equal(gathered, torch.cat(expected)), f"dispatch of {self.sizes}, seed {seed}"
+        partials = cases.partials_of(self.sizes, LAYOUT.hidden_size, seed)
+        total = cases.sum_by_rank(partials).bfloat16().split(self.sizes)[self.memory.rank]
+        assert torch.equal(out, total), f"combine of {self.sizes}, seed {seed}"
+
+
+def check_steps(rank: Rank, distributions: list[list[int]]) -> None:
+    memory = shared(rank)
+    for sizes in distributions:
+        step = Step(memory, sizes)
+        for seed in range(2):
+            step.change_inputs(seed)
+            step.check(step.run(), seed)
+
+
+def check_graphs(rank: Rank, distributions: list[list[int]]) -> None:
+    """One graph a distribution, all alive at once, replayed in turn on changing inputs, with eager steps between."""
+    memory = shared(rank)
+    steps = [Step(memory, sizes) for sizes in distributions]
+    captured = []
+    for step in steps:
+        step.run()
+        finish(memory)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = step.run()
+        captured.append((graph, results))
+    for seed in range(1, 5):
+        for index, step in enumerate(steps):
+            step.change_inputs(seed)
+            graph, results = captured[index]
+            if (index + seed) % 3:
+                graph.replay()
+            else:
+                results = step.run()
+            step.check(results, seed)
+
+
+def check_closeness(rank: Rank, sizes: list[int]) -> list[float]:
+    """Mean error of the sum against fp64: through peer memory, and of bf16 numbers added one after the other."""
+    step = Step(shared(rank), sizes)
+    partials = [partial.split(sizes)[rank.rank] for partial in cases.partials_of(sizes, LAYOUT.hidden_size)]
+    truth = torch.stack(partials).double().sum(0)
+    ring = partials[0]
+    for partial in partials[1:]:
+        ring = ring + partial
+    _, out = step.run()
+    finish(step.memory)
+    return [float((result.cpu().double() - truth).abs().mean()) for result in (out, ring)]
+
+
+def leave_one_out(rank: Rank, name: str, action: str) -> str:
+    """The last rank joins and never comes. Returns the others' message; the GPU stays usable."""
+    Step(shared(rank), [2] * rank.world_size).run()  # compiles, which takes longer than the others will wait
+    memory = join(rank, name, timeout_s=0.5)
+    step = Step(memory, [2] * rank.world_size)
+    step.check(step.run(), 0)
+    launch: Callable[[], object] = step.run
+    if action == "replay":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = step.run()
+        rank.state[f"graph {name}"] = graph, results
+        launch = graph.replay
+    rank.state[name] = memory
+    if rank.rank == rank.world_size - 1:
+        return ""
+    launch()
+    torch.cuda.synchronize()
+    assert torch.ones(8, device=DEVICE).sum().item() == 8, "the GPU is not usable any more"
+    try:
+        memory.raise_failure()
+    except PeerError as error:
+        return str(error)
+    return "no failure"
+
+
+def used_memory_after_rejoining(rank: Rank, times: int) -> list[int]:
+    """MiB in use on the GPU each time that all ranks have joined, used and closed a memory of 64 MiB or so each."""
+    used = []
+    for attempt in range(times):
+        memory = join(rank, f"rejoining {attempt}", max_rows=8192)
+        step = Step(memory, [1] * rank.world_size)
+        step.check(step.run(), 0)
+        del step
+        memory.close()
+        group: SharedMemoryCommunicator = rank.state[f"cpu group rejoining {attempt}"]
+        group.barrier()
+        free, total = torch.cuda.mem_get_info(DEVICE)
+        used.append((total - free) >> 20)
+        group.barrier()
+        group.close()
+    return used

@@ -1,0 +1,62 @@
+"""Dispatch and combine through peer memory: 2, 4 and 8 ranks that share one GPU, checked against torch on the CPU.
+
+Start NVIDIA's Multi-Process Service first, or the ranks' kernels take turns, which takes minutes.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+import peer_memory_ranks as on_rank
+from rank_processes import RankProcesses
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4, 8], ids="{}-ranks".format)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
+    with RankProcesses(request.param, tmp_path_factory.mktemp("ranks"), timeout_s=120) as processes:
+        yield processes
+
+
+def all_distributions(world_size: int) -> list[list[int]]:
+    """Rows per rank: even, few and many; uneven; one rank empty in turn; one rank with everything; all empty."""
+    uneven = [3, 1, 6, 2, 9, 4, 130, 5][:world_size]
+    one_empty = [[0 if r == empty else rows for r, rows in enumerate(uneven)] for empty in range(world_size)]
+    one_full = [[5 if r == full else 0 for r in range(world_size)] for full in (0, world_size - 1)]
+    return [[4] * world_size, [129] * world_size, uneven, *one_empty, *one_full, [0] * world_size]
+
+
+def test_every_rank_gets_the_bytes_of_quantize_pack_of_all_ranks_and_its_rows_of_the_sum(ranks: RankProcesses) -> None:
+    ranks.run(on_rank.check_steps, distributions=all_distributions(ranks.world_size))
+
+
+def test_graphs_and_eager_steps_take_turns_on_changing_inputs(ranks: RankProcesses) -> None:
+    uneven = [7, 0, 3, 1, 20, 2, 0, 5][: ranks.world_size]
+    ranks.run(on_rank.check_graphs, distributions=[[8] * ranks.world_size, uneven, [100] * ranks.world_size])
+
+
+def test_sums_are_nearer_to_those_in_fp64_than_sums_of_bf16_numbers(ranks: RankProcesses) -> None:
+    if ranks.world_size < 4:
+        pytest.skip("two numbers are rounded once either way")
+    for ours, ring in ranks.run(on_rank.check_closeness, sizes=[16] * ranks.world_size):
+        assert ours < 0.8 * ring
+
+
+@pytest.mark.parametrize("action", ["eager", "replay"])
+def test_a_rank_that_does_not_come_is_named_and_the_gpu_stays_usable(ranks: RankProcesses, action: str) -> None:
+    if ranks.world_size not in (2, 4):
+        pytest.skip("one rank has no peers, and two sizes are enough")
+    last = ranks.world_size - 1
+    messages = ranks.run(on_rank.leave_one_out, name=f"silence {action}", action=action)
+    expected = f"rank {last} did not arrive within 0.5 s in a dispatch or combine through peer memory"
+    assert messages == [expected] * last + [""]
+
+
+def test_closing_gives_the_memory_back(ranks: RankProcesses) -> None:
+    used, *_ = ranks.run(on_rank.used_memory_after_rejoining, times=4)
+    assert used[3] - used[1] < 16, f"MiB in use: {used}"

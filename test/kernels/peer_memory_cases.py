@@ -1,0 +1,54 @@
+"""Ranks of peer memory that share one process: their segments are ordinary tensors.
+
+Nothing runs beside anything else, so before a rank's turn the flags of all others are raised in its segment.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import wire_row_cases
+from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
+from nibble.kernels.torch.wire_row import WireRowLayout
+from nibble.kernels.triton.peer_sync import FLAGS, HEADER_BYTES
+
+ALWAYS = 2**62  # a round that nobody reaches
+
+
+def ranks_of_one_process(
+    world_size: int, layout: SegmentLayout, device: str = "cpu", timeout_s: float = 30
+) -> list[PeerMemory]:
+    segments = [torch.full((layout.num_bytes,), 0xFF, dtype=torch.uint8, device=device) for _ in range(world_size)]
+    for segment in segments:
+        segment[:HEADER_BYTES] = 0
+    addresses = [segment.data_ptr() for segment in segments]
+    return [PeerMemory(rank, layout, segments[rank], addresses, timeout_s, world_size) for rank in range(world_size)]
+
+
+def flags(memory: PeerMemory) -> Tensor:
+    """The newest round of each rank, as this rank sees it."""
+    return memory.segment[:HEADER_BYTES].view(torch.int64)[FLAGS : FLAGS + memory.world_size]
+
+
+def let_everybody_arrive(memory: PeerMemory) -> None:
+    flags(memory).fill_(ALWAYS)
+
+
+def rows_of(sizes: Sequence[int], layout: WireRowLayout, seed: int = 0) -> list[wire_row_cases.Rows]:
+    return [wire_row_cases.random_rows(seed * 64 + rank, size, layout) for rank, size in enumerate(sizes)]
+
+
+def partials_of(sizes: Sequence[int], hidden_size: int, seed: int = 0) -> list[Tensor]:
+    """Every rank's partial results of all rows, which differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(sizes), sum(sizes), hidden_size
+    return list((torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator).exp()).bfloat16())
+
+
+def sum_by_rank(partials: Sequence[Tensor]) -> Tensor:
+    """In fp32, in the order of the ranks."""
+    total = partials[0].float()
+    for partial in partials[1:]:
+        total = total + partial.float()
+    return total

@@ -1,0 +1,150 @@
+"""Dispatch and combine through peer memory, interpreted: the ranks of one process take turns.
+
+Where there is a GPU, test/gpu/test_peer_memory.py runs them compiled, in a process a rank.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peer_memory_cases as cases
+from nibble.distributed.communicator import PeerError
+from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
+from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
+from nibble.kernels.triton import peer_combine as combine_module
+from nibble.kernels.triton import peer_sync
+from nibble.kernels.triton.peer_combine import peer_combine
+from nibble.kernels.triton.peer_dispatch import peer_dispatch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled kernels are tested in test/gpu")
+
+INPUT_SCALE = torch.tensor(0.01)
+SIZES = [[3], [2, 2], [1, 4, 2], [0, 3, 0, 1], [5, 0], [0, 0, 2, 1, 4, 1, 0, 3]]
+
+
+@triton.jit
+def load_acquire(ptr):
+    return tl.atomic_add(ptr, 0, sem="acquire", scope="sys")
+
+
+TICKS = itertools.count()
+
+
+@triton.jit
+def clock_ns(lane):
+    return lane.to(tl.int64) * 0 + next(TICKS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpretable() -> Iterator[None]:
+    """Without the two functions that are written in the GPU's own instructions."""
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(peer_sync, "load_acquire", load_acquire)
+        patch.setattr(peer_sync, "clock_ns", clock_ns)
+        yield
+
+
+def dispatch_all(ranks: list[PeerMemory], sizes: list[int], layout: WireRowLayout, seed: int = 0) -> None:
+    """Every rank dispatches; then each segment holds the wire rows of all."""
+    rows = cases.rows_of(sizes, layout, seed)
+    gathered = []
+    for memory, own in zip(ranks, rows, strict=True):
+        cases.let_everybody_arrive(memory)
+        gathered.append(peer_dispatch(memory, *own, INPUT_SCALE, sizes))
+    expected = torch.cat([quantize_pack(*own, INPUT_SCALE) for own in rows])
+    for got in gathered:
+        assert torch.equal(got, expected)
+
+
+def combine_all(ranks: list[PeerMemory], sizes: list[int], seed: int = 0) -> None:
+    """Every rank combines, and gets its rows of the sum."""
+    partials = cases.partials_of(sizes, ranks[0].layout.hidden_size, seed)
+    for memory, partial in zip(ranks, partials, strict=True):
+        memory.partial(sum(sizes)).copy_(partial)
+    # Where compiled code rounds to the nearest bf16, the interpreter cuts the rest off.
+    cut_off = cases.sum_by_rank(partials).view(torch.int32) & -0x10000
+    expected = cut_off.view(torch.float32).bfloat16().split(sizes)
+    for memory, own in zip(ranks, expected, strict=True):
+        cases.let_everybody_arrive(memory)
+        assert torch.equal(peer_combine(memory, sizes), own)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_rank_gets_the_bytes_of_quantize_pack_of_all_ranks_and_its_rows_of_the_sum(sizes: list[int]) -> None:
+    layout = WireRowLayout(96, 3)
+    ranks = cases.ranks_of_one_process(len(sizes), SegmentLayout(sum(sizes), layout.row_bytes, 96))
+    for seed in range(2):
+        dispatch_all(ranks, sizes, layout, seed)
+        combine_all(ranks, sizes, seed)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.builds(WireRowLayout, st.integers(1, 12).map(lambda blocks: blocks * 16), st.integers(1, 9)),
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+def test_any_shape_is_carried(layout: WireRowLayout, sizes: list[int]) -> None:
+    ranks = cases.ranks_of_one_process(len(sizes), SegmentLayout(12, layout.row_bytes, layout.hidden_size))
+    dispatch_all(ranks, sizes, layout)
+    combine_all(ranks, sizes)
+
+
+def test_many_rows_are_summed_by_programs_that_do_not_wait_after_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combine_module, "_MAX_TILES_PER_WAITING_PROGRAM", 0)
+    layout = WireRowLayout(64, 2)
+    ranks = cases.ranks_of_one_process(2, SegmentLayout(8, layout.row_bytes, 64))
+    combine_all(ranks, [3, 2])
+    assert rounds_of(ranks[0]) == 1
+
+
+def rounds_of(memory: PeerMemory) -> int:
+    """How many rounds this rank has been through."""
+    return int(memory.segment[: peer_sync.HEADER_BYTES].view(torch.int64)[peer_sync.ROUND])
+
+
+def test_a_rank_without_rows_takes_part_and_without_any_rows_nobody_does() -> None:
+    layout = WireRowLayout(64, 2)
+    ranks = cases.ranks_of_one_process(2, SegmentLayout(4, layout.row_bytes, 64))
+    dispatch_all(ranks, [0, 4], layout)
+    combine_all(ranks, [0, 4])
+    assert [rounds_of(memory) for memory in ranks] == [2, 2]
+    dispatch_all(ranks, [0, 0], layout)
+    combine_all(ranks, [0, 0])
+    assert [rounds_of(memory) for memory in ranks] == [2, 2]
+
+
+def test_every_round_raises_the_flag_at_every_peer_once_and_nothing_is_reset() -> None:
+    layout = WireRowLayout(64, 2)
+    ranks = cases.ranks_of_one_process(3, SegmentLayout(6, layout.row_bytes, 64))
+    for step in range(3):
+        dispatch_all(ranks, [1, 2, 3], layout)
+        assert cases.flags(ranks[0]).tolist() == [2 * step + 1] * 3
+        combine_all(ranks, [1, 2, 3])
+        assert cases.flags(ranks[0]).tolist() == [2 * step + 2] * 3
+
+
+def test_a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again() -> None:
+    layout, sizes = WireRowLayout(64, 2), [1, 2, 3]
+    memory = cases.ranks_of_one_process(3, SegmentLayout(6, layout.row_bytes, 64), timeout_s=1e-7)[1]
+    rows = cases.rows_of(sizes, layout)[1]
+    memory.raise_failure()
+    cases.flags(memory)[0] = cases.ALWAYS
+    peer_dispatch(memory, *rows, INPUT_SCALE, sizes)
+    with pytest.raises(PeerError, match="rank 2 did not arrive within 1e-07 s"):
+        memory.raise_failure()
+    begin = next(TICKS)
+    peer_combine(memory, sizes)
+    assert next(TICKS) - begin < 20  # looks at the clock, where the first wait took a hundred
+
+
+def test_more_rows_than_the_memory_was_made_for_are_refused() -> None:
+    memory = cases.ranks_of_one_process(1, SegmentLayout(6, 64, 64))[0]
+    with pytest.raises(ValueError, match=r"7 rows of all ranks.*sized for 6"):
+        memory.partial(7)
