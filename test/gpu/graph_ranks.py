@@ -35,7 +35,7 @@ def check_replays(rank: Rank, sizes: list[list[int]]) -> None:
         with torch.inference_mode():
             replayed = graphs.replay(graph_rows, batch).clone()
             eager = graphs.run_eagerly(graph_rows, batch).clone()
-        runner.parallel.dp_group.synchronize()
+        runner.parallel.tp_group.synchronize()
         assert torch.equal(replayed, eager), f"rank {rank.rank}, rows {rows}: a graph differs from what it captured"
         unpadded = runner.forward(batch, rows)
         assert replayed.shape == unpadded.shape

@@ -6,7 +6,7 @@ import torch
 
 from nibble.config.resolve import EngineConfig, resolve
 from nibble.config.server_args import ServerArgs
-from nibble.distributed.communicator import SingleRankCommunicator
+from nibble.distributed.communicator import Communicator, SingleRankCommunicator
 from nibble.distributed.parallel_state import ParallelState
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
@@ -18,9 +18,14 @@ def engine_config(folder: Path, **args: object) -> EngineConfig:
     return resolve(ServerArgs(**{**defaults, **args}))
 
 
+def data_parallel_state(group: Communicator, rank: int = 0) -> ParallelState:
+    """With dp = ep = tp: every rank is an attention group and has whole experts."""
+    alone = SingleRankCommunicator("attn_tp")
+    return ParallelState(rank, group, alone, alone, group, group, ep_size=group.world_size)
+
+
 def single_rank_runner(folder: Path, **args: object) -> ModelRunner:
-    group = SingleRankCommunicator("dp")
-    return ModelRunner(engine_config(folder, **args), ParallelState(0, group, group))
+    return ModelRunner(engine_config(folder, **args), data_parallel_state(SingleRankCommunicator("tp")))
 
 
 def all_logits(

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from checkpoints import COMMON
 from nibble.distributed.communicator import SingleRankCommunicator
-from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.select import select_kernels
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, quantize_nvfp4, quantize_nvfp4_weight
 from nibble.layers.dp_attention import DpStep, dp_step
 from nibble.layers.moe.fused_moe import FusedMoE
 from nibble.layers.moe.token_dispatcher import AllGatherDispatcher, Fp4AllGatherDispatcher, GatheredRows
 from nibble.layers.quantization.modelopt_quant import ModelOptNvFp4FusedMoEMethod, ModelOptNvFp4Linear
-from nibble.layers.weights import WeightTarget
+from nibble.layers.weights import Shard, WeightTarget
 from nibble.utils.errors import ConfigError
-from runners import engine_config
+from runners import data_parallel_state, engine_config
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 32, 12, 3
 PREFIX = "model.layers.0.mlp.experts"
@@ -69,13 +68,13 @@ def qkv() -> list[Module]:
 
 def merged(modules: list[Module], bias: Tensor | None, dtype: torch.dtype) -> ModelOptNvFp4Linear:
     names = ("q_proj", "k_proj", "v_proj")
-    parts = [(name, len(module.weight)) for name, module in zip(names, modules, strict=True)]
-    layer = ModelOptNvFp4Linear(KERNELS, HIDDEN, parts, bias is not None, dtype)
+    parts = [(name, Shard.whole(len(module.weight))) for name, module in zip(names, modules, strict=True)]
+    layer = ModelOptNvFp4Linear(KERNELS, Shard.whole(HIDDEN), parts, bias is not None, dtype)
     targets = layer.weight_targets("attn")
     for name, module in zip(names, modules, strict=True):
         module.load(targets, f"attn.{name}")
     if bias is not None:
-        for (name, _), part in zip(parts, bias.split([rows for _, rows in parts]), strict=True):
+        for (name, _), part in zip(parts, bias.split([rows.size for _, rows in parts]), strict=True):
             targets[f"attn.{name}.bias"].load(part)
     layer.process_weights_after_loading()
     return layer
@@ -112,8 +111,9 @@ def test_a_linear_of_no_rows_gives_no_rows(qkv):
 
 
 def test_a_linear_whose_input_is_not_made_of_blocks_is_refused():
-    with pytest.raises(ConfigError, match="multiple of 16 values, got 40"):
-        ModelOptNvFp4Linear(KERNELS, 40, [("o_proj", 64)], False, torch.float32)
+    parts = [("o_proj", Shard.whole(64))]
+    with pytest.raises(ConfigError, match=r"multiple of 16 values.* 0 to 39 of 40"):
+        ModelOptNvFp4Linear(KERNELS, Shard.whole(40), parts, False, torch.float32)
 
 
 # Experts
@@ -171,7 +171,7 @@ def make_layer(folder: Path, rank: int = 0, world_size: int = 1, **args: object)
     """The layer of one rank of several; its peers are only needed for the collectives."""
     group = SingleRankCommunicator("dp")
     group.rank, group.world_size = rank, world_size
-    return FusedMoE(engine_config(folder, load_format="dummy", **args), ParallelState(rank, group, group), PREFIX)
+    return FusedMoE(engine_config(folder, load_format="dummy", **args), data_parallel_state(group, rank), PREFIX)
 
 
 def both_dispatchers(folder: Path, experts: Experts, dtype: str) -> tuple[FusedMoE, FusedMoE]:
@@ -190,7 +190,7 @@ def on_and_off(request, folder, experts) -> tuple[FusedMoE, FusedMoE]:
 
 
 def forward(layer: FusedMoE, x: Tensor, router_logits: Tensor) -> Tensor:
-    with dp_step(DpStep(SingleRankCommunicator("dp"), (len(x),))):
+    with dp_step(DpStep(data_parallel_state(SingleRankCommunicator("dp")), (len(x),), (len(x),))):
         return layer(x, router_logits)
 
 

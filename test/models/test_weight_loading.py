@@ -13,7 +13,6 @@ from torch import Tensor
 
 from checkpoints import edit_tensors, quantize_to_nvfp4, save_qwen3, save_qwen3_moe
 from nibble.distributed.communicator import SingleRankCommunicator
-from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.torch.topk import topk_softmax
 from nibble.layers.linear import Linear
 from nibble.layers.moe.fused_moe import FusedMoE
@@ -23,7 +22,7 @@ from nibble.model_executor.weight_loader import load_weights
 from nibble.models.qwen3_moe import Qwen3MoeForCausalLM
 from nibble.models.registry import create_model
 from nibble.utils.errors import ConfigError
-from runners import all_logits, engine_config, single_rank_runner
+from runners import all_logits, data_parallel_state, engine_config, single_rank_runner
 
 PROMPTS = [list(range(3, 20)), [9]]
 FILE = "model.safetensors"
@@ -71,7 +70,7 @@ def loaded(folder: Path, rank: int = 0, world_size: int = 1, **args: object) -> 
     group = SingleRankCommunicator("dp")
     group.rank, group.world_size = rank, world_size
     config = engine_config(folder, **args)
-    model = create_model(config, ParallelState(rank, group, group))
+    model = create_model(config, data_parallel_state(group, rank))
     load_weights(model, folder, config.args.load_format, group.device, show_progress=False)
     assert isinstance(model, Qwen3MoeForCausalLM)
     return model
@@ -264,12 +263,12 @@ def matrix(linear: Linear) -> torch.Tensor:
 def test_dummy_weights_are_the_same_at_every_start_and_on_every_rank(without_files):
     assert bits(without_files, load_format="dummy") == bits(without_files, load_format="dummy")
     first, second = (loaded(without_files, rank, 2, load_format="dummy") for rank in range(2))
-    assert torch.equal(first.embed_tokens.weight, second.embed_tokens.weight)
+    assert torch.equal(first.embed_tokens.shard.weight, second.embed_tokens.shard.weight)
     for ours, theirs in zip(first.decoder, second.decoder, strict=True):
         assert torch.equal(matrix(ours.self_attn.qkv_proj), matrix(theirs.self_attn.qkv_proj))
         assert not torch.equal(matrix(ours.self_attn.qkv_proj), first.decoder[0].mlp.gate.weight)
         assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
-    weights = {matrix(layer.self_attn.o_proj).numpy().tobytes() for layer in first.decoder}
+    weights = {matrix(layer.self_attn.o_proj.linear).numpy().tobytes() for layer in first.decoder}
     assert len(weights) == len(first.decoder), "layers differ"
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from checkpoints import COMMON
 from nibble.distributed.communicator import Communicator, SingleRankCommunicator
-from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.cpu.library import c_kernels
 from nibble.kernels.torch.wire_row import quantize_pack
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.model_runner import ModelRunner
-from runners import engine_config
+from runners import data_parallel_state, engine_config
 
 HIDDEN, EXPERTS, TOP_K, PEER_ROWS = 64, 12, 3, 5
 ON_C_KERNELS = pytest.mark.parametrize("runner", ["c"], indirect=True)
@@ -46,10 +45,9 @@ def runner(request, tmp_path_factory) -> ModelRunner:
     config = {**COMMON, **moe, "hidden_size": HIDDEN, "rms_norm_eps": 1e-6, "architectures": ["Qwen3MoeForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4", "group_size": 16}}')
-    ranks = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}
+    ranks = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True, "enable_dp_lm_head": True}
     flags = {"load_format": "dummy", "enable_flashinfer_cutlass_moe": True, "cpu_kernels": request.param}
-    group = BesideABusyPeer()
-    return ModelRunner(engine_config(folder, **ranks, **flags), ParallelState(0, group, group))
+    return ModelRunner(engine_config(folder, **ranks, **flags), data_parallel_state(BesideABusyPeer()))
 
 
 def prefill(logit_rows: Sequence[int]) -> ForwardBatch:

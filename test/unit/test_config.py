@@ -104,15 +104,74 @@ def test_the_configuration_travels_to_the_ranks_unchanged(checkpoint):
     ("args", "advice"),
     [
         ({"tp_size": 2, "dp_size": 2, "ep_size": 2}, "--dp-size 2 needs --enable-dp-attention"),
-        ({"tp_size": 2}, "add --enable-dp-attention --dp-size 2"),
-        ({**DP2, "dp_size": 1}, "set --dp-size 2"),
-        ({**DP2, "tp_size": 4, "ep_size": 4}, "--tp-size 2"),
-        ({**DP2, "ep_size": 1}, "set --ep-size 2"),
+        ({**DP2, "dp_size": 4}, "--dp-size 4 must divide --tp-size 2, the ranks of all its attention groups; possible"),
+        ({**DP2, "ep_size": 4}, "--ep-size 4 must divide --tp-size 2, the ranks of all expert groups; possible sizes"),
+        ({"tp_size": 3}, "groups of 3 ranks (--tp-size divided by --dp-size) can't share 4 heads and 2 heads of keys"),
+        ({"tp_size": 8, "dp_size": 1}, "possible: [1, 2, 4] ranks"),
         ({"tp_size": 5, "dp_size": 5, "ep_size": 5, "enable_dp_attention": True}, "[1, 2, 3, 4, 6, 8, 12, 24]"),
+        ({**DP2, "moe_dense_tp_size": 2}, "--moe-dense-tp-size 2 is not supported"),
+        ({"enable_dp_lm_head": True}, "--enable-dp-lm-head needs --enable-dp-attention"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_fix(checkpoint, args, advice):
     assert advice in refused(checkpoint(), **args)
+
+
+def test_experts_of_fewer_blocks_than_ranks_are_not_split_in_width(checkpoint):
+    ranks = {"tp_size": 8, "dp_size": 8, "enable_dp_attention": True}
+    message = refused(checkpoint(quantization=NVFP4), **ranks)
+    assert "over 8 ranks, but 64 values can only be cut at multiples of 16; set --ep-size 8, or at least 2" in message
+    assert resolved(checkpoint(quantization=NVFP4), **ranks, ep_size=2).parallel.moe_tp_size == 4
+    (checkpoint() / "hf_quant_config.json").unlink()
+    assert resolved(checkpoint(), **ranks).parallel.moe_tp_size == 8
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_every_split_whose_sizes_divide_the_ranks_is_valid(checkpoint, tp, dp, ep):
+    args = {"tp_size": tp, "dp_size": dp, "ep_size": ep, "enable_dp_attention": True}
+    if max(dp, ep) > tp:
+        assert f"must divide --tp-size {tp}" in refused(checkpoint(), **args)
+        return
+    parallel = resolved(checkpoint(), **args).parallel
+    assert (parallel.attn_tp_size, parallel.moe_tp_size) == (tp // dp, tp // ep)
+    groups = [parallel.attn_tp_ranks(rank) for rank in range(tp)]
+    assert [rank for dp_rank in range(dp) for rank in groups[parallel.first_rank(dp_rank)]] == list(range(tp))
+    assert all(
+        rank in groups[rank] and groups[rank].start == groups[r].start for rank in range(tp) for r in groups[rank]
+    )
+
+
+def test_a_rank_caches_its_own_heads_of_keys_and_values_and_at_least_one(checkpoint):
+    folder = checkpoint()
+    model = load_model_config(folder)
+    for tp, kv_heads in ((1, 2), (2, 1), (4, 1)):
+        share = resolved(folder, tp_size=tp).parallel.share_of(model)
+        assert (share.num_heads, share.num_kv_heads) == (4 // tp, kv_heads)
+    budget = {"max_total_tokens": None, "max_running_requests": 10**6, "context_length": 512}
+    whole, half = (resolved(folder, tp_size=2, dp_size=dp, enable_dp_attention=True, **budget) for dp in (2, 1))
+    assert whole.num_pages is not None and half.num_pages is not None
+    assert half.num_pages == pytest.approx(2 * whole.num_pages, rel=0.1)  # the same memory
+
+
+@pytest.mark.parametrize(
+    ("args", "split"),
+    [
+        ({}, "attention heads: 2, dense layers: 2, lm_head: 4, the width of an expert: 4"),
+        ({"enable_dp_lm_head": True}, "attention heads: 2, dense layers: 2, lm_head: 2, the width of an expert: 4"),
+        ({"moe_dense_tp_size": 1}, "attention heads: 2, dense layers: 1, lm_head: 4, the width of an expert: 4"),
+        ({"dp_size": 1, "ep_size": 4}, "attention heads: 4, dense layers: 4, lm_head: 4, the width of an expert: 1"),
+    ],
+)
+def test_the_log_says_over_how_many_ranks_each_part_is_split(checkpoint, args, split):
+    config = resolved(checkpoint(), **{"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, **args})
+    assert f"ranks that share {split}" in config.decisions()
+
+
+def test_a_tied_lm_head_is_split_like_the_embedding(checkpoint):
+    config = resolved(checkpoint(tie_word_embeddings=True), tp_size=4, dp_size=2, enable_dp_attention=True)
+    assert config.parallel.dp_lm_head
 
 
 def test_a_dense_model_has_no_experts_to_split(checkpoint):
@@ -160,6 +219,8 @@ def test_fp4_allgather_is_on_when_every_condition_holds(checkpoint):
             "--disable-flashinfer-cutlass-moe-fp4-allgather is set",
         ),
         (None, {}, "the checkpoint's quantization is None, not modelopt_fp4"),
+        (NVFP4, {"ep_size": 1}, "dp-size 2 differs from ep-size 1"),
+        (NVFP4, {"tp_size": 4}, "dp-size and ep-size 2 are smaller than tp-size 4"),
         (
             NVFP4,
             {"tp_size": 1, "dp_size": 1, "ep_size": 1, "enable_dp_attention": False},

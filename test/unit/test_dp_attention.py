@@ -1,8 +1,12 @@
 """The row counts of a step: installed once, never nested, always cleared, never those of another group."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from nibble.distributed.communicator import Communicator, SingleRankCommunicator
 from nibble.layers.dp_attention import (
     DpStep,
@@ -16,6 +20,7 @@ from nibble.layers.dp_attention import (
     mask_padding,
 )
 from nibble.scheduler.dp_sync import DpSync
+from runners import data_parallel_state
 
 
 class ThirdOfThree(SingleRankCommunicator):
@@ -29,8 +34,12 @@ class ThirdOfThree(SingleRankCommunicator):
         return [torch.cat([torch.tensor(self.peers), tensors[0]])]
 
 
+def step_of(group: Communicator, *sizes: int, is_padding: torch.Tensor | None = None) -> DpStep:
+    return DpStep(data_parallel_state(group), sizes, sizes, is_padding)
+
+
 def test_layers_ask_for_the_rows_of_the_step_that_runs():
-    with dp_step(DpStep(ThirdOfThree(), (4, 0, 7))):
+    with dp_step(step_of(ThirdOfThree(), 4, 0, 7)):
         assert get_dp_global_num_tokens() == (4, 0, 7)
         assert get_dp_local_num_tokens() == 7
         assert (get_dp_rank(), get_dp_size()) == (2, 3)
@@ -43,13 +52,13 @@ def test_outside_a_step_there_is_no_answer(ask):
 
 
 def test_steps_do_not_nest():
-    step = DpStep(SingleRankCommunicator("dp"), (1,))
+    step = step_of(SingleRankCommunicator("dp"), 1)
     with dp_step(step), pytest.raises(RuntimeError, match="already running"), dp_step(step):
         pass
 
 
 def test_a_step_that_fails_is_cleared_all_the_same():
-    step = DpStep(SingleRankCommunicator("dp"), (1,))
+    step = step_of(SingleRankCommunicator("dp"), 1)
     with pytest.raises(KeyError), dp_step(step):
         raise KeyError
     with dp_step(step):
@@ -58,11 +67,11 @@ def test_a_step_that_fails_is_cleared_all_the_same():
 
 def test_gather_sizes_of_another_group_are_refused():
     with pytest.raises(ValueError, match="2 sizes for the 3 ranks of group 'dp'"):
-        DpStep(ThirdOfThree(), (1, 1))
+        step_of(ThirdOfThree(), 1, 1)
 
 
 def test_rows_that_are_not_the_steps_are_refused_before_anything_is_sent():
-    with dp_step(DpStep(ThirdOfThree(), (4, 0, 7))):
+    with dp_step(step_of(ThirdOfThree(), 4, 0, 7)):
         with pytest.raises(ValueError, match="6 rows"):
             dp_gather([torch.zeros(6, 8)])
         with pytest.raises(ValueError, match="7 rows"):
@@ -73,10 +82,10 @@ def test_rows_that_only_fill_up_a_graph_are_routed_to_no_expert():
     """They would skew the experts' counts, and a NaN in one would reach the sums of others."""
     topk_ids = torch.tensor([[3, 1], [0, 2], [7, 7]], dtype=torch.int32)
     is_padding = torch.tensor([[False], [True], [True]])
-    with dp_step(DpStep(SingleRankCommunicator("dp"), (3,), is_padding)):
+    with dp_step(step_of(SingleRankCommunicator("dp"), 3, is_padding=is_padding)):
         assert mask_padding(topk_ids).tolist() == [[3, 1], [-1, -1], [-1, -1]]
     assert topk_ids.tolist() == [[3, 1], [0, 2], [7, 7]]
-    with dp_step(DpStep(SingleRankCommunicator("dp"), (3,))):
+    with dp_step(step_of(SingleRankCommunicator("dp"), 3)):
         assert mask_padding(topk_ids) is topk_ids
 
 
@@ -84,27 +93,27 @@ def test_rows_that_only_fill_up_a_graph_are_routed_to_no_expert():
 
 
 def test_a_rank_without_work_takes_part_when_another_has_some():
-    result = DpSync(ThirdOfThree([[5, 0, 1], [0, 1, 1]])).exchange(0, True, 1)
+    result = DpSync(ThirdOfThree([[5, 2, 0, 1], [0, 0, 1, 1]])).exchange(0, 0, True, 1)
     assert result.runs and not result.may_sleep
-    assert result.global_num_tokens == (5, 0, 0)
+    assert result.global_num_tokens == (5, 0, 0) and result.global_num_logit_rows == (2, 0, 0)
 
 
 def test_a_step_decodes_only_where_every_rank_says_so():
-    prefills = DpSync(ThirdOfThree([[5, 0, 1], [1, 1, 1]])).exchange(2, True, 1)
+    prefills = DpSync(ThirdOfThree([[5, 1, 0, 1], [1, 1, 1, 1]])).exchange(2, 2, True, 1)
     assert not prefills.decodes_only
-    decodes = DpSync(ThirdOfThree([[5, 1, 1], [0, 1, 1]])).exchange(2, True, 1)
+    decodes = DpSync(ThirdOfThree([[5, 5, 1, 1], [0, 0, 1, 1]])).exchange(2, 2, True, 1)
     assert decodes.decodes_only
 
 
 def test_ranks_sleep_only_when_all_are_idle_and_all_know_the_newest_message():
     """A rank that has read a wake-up must not sleep before the rank that it was about has read its request."""
-    behind = DpSync(ThirdOfThree([[0, 1, 7], [0, 1, 6]])).exchange(0, True, 7)
+    behind = DpSync(ThirdOfThree([[0, 0, 1, 7], [0, 0, 1, 6]])).exchange(0, 0, True, 7)
     assert not behind.runs and not behind.may_sleep
-    together = DpSync(ThirdOfThree([[0, 1, 7], [0, 1, 7]])).exchange(0, True, 7)
+    together = DpSync(ThirdOfThree([[0, 0, 1, 7], [0, 0, 1, 7]])).exchange(0, 0, True, 7)
     assert not together.runs and together.may_sleep
 
 
 def test_a_single_rank_sleeps_when_it_has_nothing_to_do():
     sync = DpSync(SingleRankCommunicator("dp"))
-    assert sync.exchange(0, True, 3).may_sleep
-    assert sync.exchange(2, False, 3).runs
+    assert sync.exchange(0, 0, True, 3).may_sleep
+    assert sync.exchange(2, 1, False, 3).runs

@@ -15,7 +15,7 @@ from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
 from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
 
-IDLE = [0, 1, 0]  # a peer without rows that has heard of no request
+IDLE = [0, 0, 1, 0]  # a peer without rows that has heard of no request
 VOCAB = 8
 
 
@@ -34,7 +34,7 @@ class FirstOfTwo(SingleRankCommunicator):
     def _all_gatherv(self, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> list[Tensor]:
         self.events.append("collective")
         self.sent += tensors
-        peer = self.peer.pop(0) if self.peer else [0, 1, int(tensors[0][0, 2])]
+        peer = self.peer.pop(0) if self.peer else [0, 0, 1, int(tensors[0][0, 3])]
         return [torch.cat([tensors[0], torch.tensor([peer])])]
 
 
@@ -47,6 +47,7 @@ class Rank:
         self.group = FirstOfTwo(self.events, peer or [])
         self.sizes: list[tuple[int, ...]] = []
         self.decodes_only: list[bool] = []
+        self.logit_rows: list[tuple[int, ...]] = []
         self.sampled: list[int] = []
         self.updates: list[TokenBatch] = []
         limits = SchedulerLimits(4, 8, 4, 64, frozenset({0}))
@@ -66,8 +67,15 @@ class Rank:
             raise Asleep
         return []
 
-    def forward(self, batch: ForwardBatch | None, global_num_tokens: Sequence[int], decodes_only: bool) -> Tensor:
+    def forward(
+        self,
+        batch: ForwardBatch | None,
+        global_num_tokens: Sequence[int],
+        decodes_only: bool,
+        global_num_logit_rows: Sequence[int],
+    ) -> Tensor:
         self.decodes_only.append(decodes_only)
+        self.logit_rows.append(tuple(global_num_logit_rows))
         self.events.append("forward" if batch else "idle forward")
         self.sizes.append(tuple(global_num_tokens))
         return torch.zeros(len(batch.logit_rows) if batch else 0, VOCAB)
@@ -83,9 +91,9 @@ def new_request(sequence: int, prompt: int = 3, max_new_tokens: int = 3) -> NewR
 
 
 def test_an_idle_rank_enters_the_steps_of_its_peers():
-    rank = Rank([[Wake(1)]], peer=[[5, 0, 1], [1, 1, 1], [1, 1, 1], [0, 1, 1]])
+    rank = Rank([[Wake(1)]], peer=[[5, 2, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]])
     assert rank.run() == ["collective", "idle forward"] * 3 + ["collective"]
-    assert rank.sizes == [(0, 5), (0, 1), (0, 1)]
+    assert rank.sizes == [(0, 5), (0, 1), (0, 1)] and rank.logit_rows == [(0, 2), (0, 1), (0, 1)]
     assert rank.sampled == [] and rank.updates == []
 
 
@@ -104,19 +112,20 @@ def test_a_message_that_brings_no_work_does_not_lead_a_sleeping_rank_into_a_coll
 
 
 def test_no_rank_sleeps_before_its_peer_has_heard_of_the_newest_request():
-    rank = Rank([[Wake(1)]], peer=[IDLE, IDLE, [4, 0, 1], [0, 1, 1]])
+    rank = Rank([[Wake(1)]], peer=[IDLE, IDLE, [4, 1, 0, 1], [0, 0, 1, 1]])
     assert rank.run() == ["collective"] * 3 + ["idle forward", "collective"]
 
 
 def test_ranks_synchronize_once_a_step_by_one_small_message():
     rank = Rank([[new_request(1, prompt=20)]])  # chunks of 8, 8 and 4 tokens, then two more tokens
     assert rank.run() == ["collective", "forward"] * 5 + ["collective"]
-    assert [message.nbytes for message in rank.group.sent] == [24] * 6
+    assert [message.nbytes for message in rank.group.sent] == [32] * 6
 
 
 def test_only_when_every_rank_decodes_is_a_step_one_that_graphs_can_run():
     """Each rank would otherwise choose for itself, and one would replay a graph while the others run eagerly."""
-    rank = Rank([[new_request(1, prompt=3, max_new_tokens=5)]], peer=[[1, 1, 1], [9, 0, 1], [2, 1, 1], IDLE])
+    peer = [[1, 1, 1, 1], [9, 0, 0, 1], [2, 2, 1, 1], IDLE]
+    rank = Rank([[new_request(1, prompt=3, max_new_tokens=5)]], peer=peer)
     rank.run()
     assert rank.decodes_only == [False, False, True, True, True]
 
@@ -124,7 +133,7 @@ def test_only_when_every_rank_decodes_is_a_step_one_that_graphs_can_run():
 def test_a_step_that_reaches_no_prompts_end_has_no_logits_to_sample_from():
     rank = Rank([[new_request(1, prompt=20, max_new_tokens=1)]])
     rank.run()
-    assert rank.sizes == [(8, 0), (8, 0), (4, 0)]
+    assert rank.sizes == [(8, 0), (8, 0), (4, 0)] and rank.logit_rows == [(0, 0), (0, 0), (1, 0)]
     assert rank.sampled == [1]
     assert len(rank.updates) == 1
 

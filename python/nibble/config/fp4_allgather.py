@@ -26,6 +26,7 @@ def should_use_flashinfer_cutlass_moe_fp4_allgather(
         (args.enable_dp_attention, "--enable-dp-attention is absent"),
         (method == "modelopt_fp4", f"the checkpoint's quantization is {method}, not modelopt_fp4"),
         (args.dp_size == args.ep_size, f"dp-size {args.dp_size} differs from ep-size {args.ep_size}"),
+        (args.dp_size == args.tp_size, f"dp-size and ep-size {args.dp_size} are smaller than tp-size {args.tp_size}"),
         (
             not args.disable_flashinfer_cutlass_moe_fp4_allgather,
             "--disable-flashinfer-cutlass-moe-fp4-allgather is set",

@@ -1,48 +1,123 @@
 """Which ranks there are and what is split over them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from nibble.config.model_config import ModelConfig
+from nibble.config.quantization_config import NVFP4_GROUP_SIZE, QuantizationConfig
 from nibble.config.server_args import ServerArgs
 from nibble.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """`tp_size` ranks make one replica: `dp_size` attention groups, experts over `ep_size` groups."""
+    """`tp_size` ranks make one replica: `dp_size` attention groups, experts over `ep_size` groups.
+
+    The ranks of a group follow each other. Those of an attention group share its requests and split the heads; those
+    of an expert group hold the same experts and split their width.
+    """
 
     tp_size: int = 1
     dp_size: int = 1
     ep_size: int = 1
     enable_dp_attention: bool = False
+    dp_lm_head: bool = True
+    """lm_head is split over the ranks of an attention group; otherwise over all ranks, which then meet there."""
+    groups_meet: bool = True
+    """Attention groups exchange rows, in the experts or for lm_head; otherwise each runs for itself."""
 
     @property
     def world_size(self) -> int:
         return self.tp_size
 
+    @property
+    def attn_tp_size(self) -> int:
+        return self.tp_size // self.dp_size
 
-def resolve_parallel(args: ServerArgs, model: ModelConfig) -> ParallelConfig:
+    @property
+    def moe_tp_size(self) -> int:
+        return self.tp_size // self.ep_size
+
+    def dp_rank(self, rank: int) -> int:
+        return rank // self.attn_tp_size
+
+    def first_rank(self, dp_rank: int) -> int:
+        """The rank that receives the requests of an attention group and answers for it."""
+        return dp_rank * self.attn_tp_size
+
+    def attn_tp_ranks(self, rank: int) -> range:
+        """The attention group of a rank."""
+        first = self.first_rank(self.dp_rank(rank))
+        return range(first, first + self.attn_tp_size)
+
+    def share_of(self, model: ModelConfig) -> ModelConfig:
+        """The model as one rank's attention sees it. Heads of keys and values are copied where there are too few."""
+        return dataclasses.replace(
+            model,
+            num_heads=model.num_heads // self.attn_tp_size,
+            num_kv_heads=max(1, model.num_kv_heads // self.attn_tp_size),
+        )
+
+
+def resolve_parallel(args: ServerArgs, model: ModelConfig, quantization: QuantizationConfig | None) -> ParallelConfig:
     """Checks that the sizes fit together and the model. Raises ConfigError with the reason and the fix."""
-    tp, dp, ep = args.tp_size, args.dp_size, args.ep_size
+    tp, dp = args.tp_size, args.dp_size
     if dp > 1 and not args.enable_dp_attention:
         raise ConfigError(f"--dp-size {dp} needs --enable-dp-attention")
-    if tp > 1 and not args.enable_dp_attention:
+    if tp % dp:
         raise ConfigError(
-            f"--tp-size {tp} without data-parallel attention is not supported; add --enable-dp-attention --dp-size {tp}"
+            f"--dp-size {dp} must divide --tp-size {tp}, the ranks of all its attention groups; "
+            f"possible sizes: {_divisors(tp)}"
         )
-    if dp != tp:
+    _check_heads(tp // dp, model)
+    _check_experts(args, model, quantization)
+    if args.moe_dense_tp_size not in (None, 1):
         raise ConfigError(
-            f"--dp-size {dp} must equal --tp-size {tp}: attention that is tensor-parallel inside a "
-            f"data-parallel group is not supported; set --dp-size {tp}, or --tp-size {dp}"
+            f"--moe-dense-tp-size {args.moe_dense_tp_size} is not supported: dense layers are split over the ranks of "
+            "an attention group, or with 1 not at all"
         )
-    if model.moe is None:
+    if args.moe_dense_tp_size is not None and model.moe is None:
+        raise ConfigError(f"--moe-dense-tp-size: {model.architecture} has no experts; leave it out")
+    if args.enable_dp_lm_head and not args.enable_dp_attention:
+        raise ConfigError("--enable-dp-lm-head needs --enable-dp-attention")
+    # The matrix of the embedding is split like the embedding, and groups of a dense model have no other reason to meet.
+    dp_lm_head = args.enable_dp_lm_head or dp == 1 or model.tie_word_embeddings or model.moe is None
+    return ParallelConfig(tp, dp, args.ep_size, args.enable_dp_attention, dp_lm_head, model.moe is not None)
+
+
+def _check_heads(attn_tp: int, model: ModelConfig) -> None:
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    possible = [size for size in _divisors(heads) if kv_heads % size == 0 or size % kv_heads == 0]
+    if attn_tp not in possible:
+        raise ConfigError(
+            f"attention groups of {attn_tp} ranks (--tp-size divided by --dp-size) can't share {heads} heads and "
+            f"{kv_heads} heads of keys and values; possible: {possible} ranks"
+        )
+
+
+def _check_experts(args: ServerArgs, model: ModelConfig, quantization: QuantizationConfig | None) -> None:
+    tp, ep, moe = args.tp_size, args.ep_size, model.moe
+    if moe is None:
         if ep != 1:
             raise ConfigError(f"--ep-size {ep}: {model.architecture} has no experts to split; leave it out")
-    elif ep != tp:
+        return
+    if tp % ep:
         raise ConfigError(
-            f"--ep-size {ep} must equal --tp-size {tp}: experts split in width are not supported; set --ep-size {tp}"
+            f"--ep-size {ep} must divide --tp-size {tp}, the ranks of all expert groups; "
+            f"possible sizes: {_divisors(tp)}"
         )
-    elif model.moe.num_experts % ep:
-        divisors = [size for size in range(1, model.moe.num_experts + 1) if model.moe.num_experts % size == 0]
-        raise ConfigError(f"--ep-size {ep} must divide the {model.moe.num_experts} experts; possible sizes: {divisors}")
-    return ParallelConfig(tp, dp, ep, args.enable_dp_attention)
+    if moe.num_experts % ep:
+        raise ConfigError(
+            f"--ep-size {ep} must divide the {moe.num_experts} experts; possible sizes: {_divisors(moe.num_experts)}"
+        )
+    unit = 1 if quantization is None else NVFP4_GROUP_SIZE
+    if tp // ep > moe.intermediate_size // unit:
+        raise ConfigError(
+            f"--ep-size {ep} with --tp-size {tp} splits the width of an expert over {tp // ep} ranks, but "
+            f"{moe.intermediate_size} values can only be cut at multiples of {unit}; set --ep-size {tp}, or at least "
+            f"{-(-tp * unit // moe.intermediate_size)}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

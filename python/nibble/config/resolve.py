@@ -77,6 +77,7 @@ class EngineConfig:
             f"FP4 all-gather is {'on' if gather.enabled else 'off'}: {gather.reason}",
             f"ranks: tp={parallel.tp_size} dp={parallel.dp_size} ep={parallel.ep_size}, "
             f"collectives: {collectives if parallel.world_size > 1 else 'none (one rank)'}",
+            *self._split_in_words(),
             f"device: {self._device_in_words()}, activations: {self.dtype}, "
             f"kernels: {self.kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
@@ -94,6 +95,18 @@ class EngineConfig:
             return f"{attention}, no CUDA graphs: {self.no_cuda_graph}"
         return f"{attention}, CUDA graphs of {', '.join(map(str, self.cuda_graph_rows))} rows"
 
+    def _split_in_words(self) -> list[str]:
+        """What is split over several ranks, beside whole experts and requests."""
+        parallel = self.parallel
+        if parallel.world_size == 1:
+            return []
+        dense = 1 if self.args.moe_dense_tp_size == 1 else parallel.attn_tp_size
+        lm_head = parallel.attn_tp_size if parallel.dp_lm_head else parallel.tp_size
+        parts = {"attention heads": parallel.attn_tp_size, "dense layers": dense, "lm_head": lm_head}
+        if self.model.moe is not None:
+            parts["the width of an expert"] = parallel.moe_tp_size
+        return ["ranks that share " + ", ".join(f"{part}: {size}" for part, size in parts.items())]
+
     def _device_in_words(self) -> str:
         if self.device == "cuda":
             return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each)"
@@ -108,7 +121,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
     folder = checkpoint_folder(args.model_path, weights=args.load_format != "dummy")
     model = load_model_config(folder)
     quantization = _resolve_quantization(args, folder)
-    parallel = resolve_parallel(args, model)
+    parallel = resolve_parallel(args, model, quantization)
     machine = capability()
     device, no_gpu = _resolve_device(args, machine)
     on_gpu = device == "cuda"
@@ -308,7 +321,7 @@ def _resolve_memory(
     longest = model.max_position_embeddings
     if args.context_length is not None and args.context_length > longest:
         raise ConfigError(f"--context-length {args.context_length} exceeds the checkpoint's {longest}")
-    token_bytes = model.kv_elements_per_token * DTYPE_BYTES[dtype]
+    token_bytes = parallel.share_of(model).kv_elements_per_token * DTYPE_BYTES[dtype]
     tokens = args.max_total_tokens
     if tokens is None and on_gpu:
         return args.context_length or longest, None

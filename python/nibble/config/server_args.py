@@ -43,10 +43,29 @@ class ServerArgs:
     )
 
     # Parallelism
-    tp_size: int = flag(1, "Ranks of one replica.", "--tp", "--tensor-parallel-size")
+    tp_size: int = flag(
+        1, "Ranks of one replica; attention is split over tp-size / dp-size of them.", "--tp", "--tensor-parallel-size"
+    )
     dp_size: int = flag(1, "Data-parallel attention groups.", "--dp", "--data-parallel-size")
-    ep_size: int = flag(1, "Groups over which experts are split.", "--ep", "--expert-parallel-size")
-    enable_dp_attention: bool = flag(False, "Attention data-parallel: each rank serves its own requests.")
+    ep_size: int = flag(
+        1,
+        "Groups over which experts are split; tp-size / ep-size ranks share the width of each.",
+        "--ep",
+        "--expert-parallel-size",
+    )
+    enable_dp_attention: bool = flag(
+        False, "Attention data-parallel: each of --dp-size groups of ranks serves its own requests."
+    )
+    enable_dp_lm_head: bool = flag(
+        False,
+        "With data-parallel attention: split lm_head over the ranks of an attention group, so that logits need no "
+        "rows of other groups. Default: over all ranks, which takes less memory.",
+    )
+    moe_dense_tp_size: int | None = flag(
+        None,
+        "1: every rank has all of the dense feed-forward layers of a model with experts. Default: they are split over "
+        "the ranks of an attention group.",
+    )
 
     # Mixture of experts
     enable_flashinfer_cutlass_moe: bool = flag(
@@ -174,7 +193,7 @@ def require_positive(args: ServerArgs) -> None:
     names = (
         "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
         "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
-        "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs",
+        "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs", "moe_dense_tp_size",
     )  # fmt: skip
     for name in names:
         value = getattr(args, name)

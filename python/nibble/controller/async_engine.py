@@ -80,8 +80,8 @@ class AsyncEngine:
         self._from_ranks = self._socket(zmq.PULL)
         self._from_ranks.bind(engine_address(self._run_dir))
         self._to_ranks = [self._socket(zmq.PUSH) for _ in range(self.dp_size)]
-        for rank, socket in enumerate(self._to_ranks):
-            socket.connect(rank_address(self._run_dir, rank))
+        for dp_rank, socket in enumerate(self._to_ranks):
+            socket.connect(rank_address(self._run_dir, self.config.parallel.first_rank(dp_rank)))
         self._receiver = asyncio.create_task(self._receive())
         self._supervisor = Supervisor(self.config, self._run_dir, self._on_exit)
         self._supervisor.start()
@@ -90,7 +90,8 @@ class AsyncEngine:
             await asyncio.wait_for(self._ready.wait(), timeout)
         except TimeoutError:
             waiting = {rank: stage for rank, stage in self._stages.items() if stage != "ready"}
-            waiting |= {r: "starting its process" for r in range(self.dp_size) if r not in self._stages}
+            everyone = range(self.config.parallel.world_size)
+            waiting |= {rank: "starting its process" for rank in everyone if rank not in self._stages}
             stuck = ", ".join(f"rank {rank} is at {stage!r}" for rank, stage in sorted(waiting.items()))
             raise EngineDeadError(f"not ready within --startup-timeout {timeout:g} s: {stuck}") from None
         if self._death is not None:
@@ -278,7 +279,7 @@ class AsyncEngine:
                 logger.debug("rank %d: %s", message.rank, message.stage)
             case RankReady():
                 self._stages[message.rank] = "ready"
-                if len(self._stages) == self.dp_size and set(self._stages.values()) == {"ready"}:
+                if len(self._stages) == self.config.parallel.world_size and set(self._stages.values()) == {"ready"}:
                     self._ready.set()
             case RankFailed():
                 self._fail(f"rank {message.rank}: {message.message}")

@@ -1,5 +1,6 @@
 """This rank's place among the ranks, its device and its communicators."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,55 +12,117 @@ from nibble.distributed.communicator import CPU, Communicator, SingleRankCommuni
 
 @dataclass(frozen=True)
 class ParallelState:
-    """`dp_group` joins the DP attention ranks, which are also the expert-parallel ranks (dp = ep = tp), on their
-    device; `cpu_group` the same ranks for what the host has to know. On a CPU they are one.
+    """Whom this rank meets, on its device. Groups of the same ranks are one object.
+
+    Sizes and places are those of the communicators, so that a size never meets another group's collective:
+
+    - `tp_group`: all ranks that take part in a forward pass;
+    - `attn_tp_group`: the ranks that share this rank's requests and split the attention heads;
+    - `dense_tp_group`: those that split the dense layers of a model with experts: `attn_tp_group`, or this rank alone;
+    - `dp_group`: of every attention group the rank that has this rank's place in it;
+    - `cpu_group`: the ranks of `tp_group`, for what the host has to know.
+
+    Where attention groups never meet (dense models), each is a world of its own: a `dp_group` of one rank.
     """
 
     rank: int
+    tp_group: Communicator
+    attn_tp_group: Communicator
+    dense_tp_group: Communicator
     dp_group: Communicator
     cpu_group: Communicator
+    ep_size: int = 1
 
     @property
     def device(self) -> torch.device:
-        return self.dp_group.device
+        return self.tp_group.device
+
+    @property
+    def moe_tp_size(self) -> int:
+        """Ranks over which the width of an expert is split."""
+        return self.tp_group.world_size // self.ep_size
 
     @property
     def ep_rank(self) -> int:
-        return self.rank
+        return self.tp_group.rank // self.moe_tp_size
 
     @property
-    def ep_size(self) -> int:
-        return self.dp_group.world_size
+    def moe_tp_rank(self) -> int:
+        return self.tp_group.rank % self.moe_tp_size
 
     def local_experts(self, num_experts: int) -> range:
-        """The global ids of the experts that this rank holds."""
+        """The global ids of the experts that this rank holds, or a part of their width."""
         count = num_experts // self.ep_size
         return range(self.ep_rank * count, (self.ep_rank + 1) * count)
 
 
 def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> ParallelState:
     """Meets the other ranks in `run_dir`. Blocks until all are there, at most --dist-timeout."""
-    cpu_group = _create_cpu_group(config, rank, run_dir)
-    if config.device == "cpu":
-        return ParallelState(rank, cpu_group, cpu_group)
-    # Neighbours share a GPU, so that every GPU has as many as the others or one less.
-    device = torch.device("cuda", rank * config.num_gpus // config.parallel.world_size)
-    torch.cuda.set_device(device)
-    if cpu_group.world_size == 1:
-        return ParallelState(rank, SingleRankCommunicator("dp", device), cpu_group)
-    from nibble.distributed.pynccl import PyNcclCommunicator
+    sizes = config.parallel
+    attn_tp, alone = sizes.attn_tp_ranks(rank), range(rank, rank + 1)
+    if sizes.groups_meet:
+        tp, dp = range(sizes.world_size), range(rank - attn_tp.start, sizes.world_size, sizes.attn_tp_size)
+    else:
+        tp, dp = attn_tp, alone
+    meeting = _Meeting(config, rank, run_dir)
+    return ParallelState(
+        rank,
+        tp_group=meeting.join("tp", tp),
+        attn_tp_group=meeting.join("attn_tp", attn_tp),
+        dense_tp_group=meeting.join("attn_tp", alone if config.args.moe_dense_tp_size == 1 else attn_tp),
+        dp_group=meeting.join("dp", dp),
+        cpu_group=meeting.join_on_cpu("tp", tp),
+        ep_size=sizes.ep_size,
+    )
 
-    return ParallelState(rank, PyNcclCommunicator(cpu_group, "dp", config.args.dist_timeout, device), cpu_group)
 
+class _Meeting:
+    """Joins the groups of one rank. All ranks join theirs in the same order."""
 
-def _create_cpu_group(config: EngineConfig, rank: int, run_dir: Path) -> Communicator:
-    world_size, timeout = config.parallel.world_size, config.args.dist_timeout
-    if world_size == 1 or config.model.moe is None:
-        return SingleRankCommunicator("dp", CPU)  # ranks of a dense model have nothing to say to each other
-    if config.cpu_collectives == "gloo":
-        from nibble.distributed.gloo import GlooCommunicator
+    def __init__(self, config: EngineConfig, rank: int, run_dir: Path) -> None:
+        self.config, self.rank, self.run_dir = config, rank, run_dir
+        self.device = CPU
+        if config.device == "cuda":
+            # Neighbours share a GPU, so that every GPU has as many as the others or one less.
+            self.device = torch.device("cuda", rank * config.num_gpus // config.parallel.world_size)
+            torch.cuda.set_device(self.device)
+        self._on_cpu: dict[tuple[int, ...], Communicator] = {}
+        self._on_gpu: dict[tuple[int, ...], Communicator] = {}
 
-        return GlooCommunicator(rank, world_size, f"file://{run_dir}/gloo", name="dp", timeout_s=timeout)
-    from nibble.distributed.shared_memory import SharedMemoryCommunicator
+    def join(self, name: str, members: Sequence[int]) -> Communicator:
+        """The group of `members`, this rank among them, on the device."""
+        if self.device == CPU:
+            return self.join_on_cpu(name, members)
+        key = tuple(members)
+        if key not in self._on_gpu:
+            self._on_gpu[key] = self._join_on_gpu(name, members)
+        return self._on_gpu[key]
 
-    return SharedMemoryCommunicator(rank, world_size, run_dir, name="dp", timeout_s=timeout)
+    def join_on_cpu(self, name: str, members: Sequence[int]) -> Communicator:
+        key = tuple(members)
+        if key not in self._on_cpu:
+            self._on_cpu[key] = self._join_on_cpu(name, members)
+        return self._on_cpu[key]
+
+    def _join_on_gpu(self, name: str, members: Sequence[int]) -> Communicator:
+        if len(members) == 1:
+            return SingleRankCommunicator(name, self.device)
+        from nibble.distributed.pynccl import PyNcclCommunicator
+
+        bootstrap = self.join_on_cpu(name, members)
+        return PyNcclCommunicator(bootstrap, name, self.config.args.dist_timeout, self.device)
+
+    def _join_on_cpu(self, name: str, members: Sequence[int]) -> Communicator:
+        rank, size, timeout = members.index(self.rank), len(members), self.config.args.dist_timeout
+        if size == 1:
+            return SingleRankCommunicator(name, CPU)
+        address = f"{name}{members[0]}"  # several groups of one kind use the same directory
+        if self.config.cpu_collectives == "gloo":
+            from nibble.distributed.gloo import GlooCommunicator
+
+            return GlooCommunicator(rank, size, f"file://{self.run_dir}/gloo-{address}", name, timeout)
+        from nibble.distributed.shared_memory import SharedMemoryCommunicator
+
+        return SharedMemoryCommunicator(
+            rank, size, self.run_dir, address, timeout, ranks_on_host=self.config.parallel.world_size
+        )

@@ -72,12 +72,14 @@ class SharedMemoryCommunicator(Communicator):
         name: str,
         timeout_s: float,
         buffer_bytes: int = 8 << 20,
+        ranks_on_host: int | None = None,
     ) -> None:
         """Joins the group; returns when every rank has.
 
         `run_dir` is a directory of this user's with mode 0700; `name` is unique among the groups that use it. A
         rank waits at most `timeout_s` for the others, here and in every round. `buffer_bytes` is the size of half a
-        segment, of which only what payloads touch takes memory; larger payloads travel in pieces.
+        segment, of which only what payloads touch takes memory; larger payloads travel in pieces. `ranks_on_host`
+        counts the ranks that share the cores, if those of this group are not all.
         """
         super().__init__(rank, world_size, name)
         if buffer_bytes < 64 * world_size:
@@ -97,7 +99,7 @@ class SharedMemoryCommunicator(Communicator):
         self._library = _rendezvous()
         self._addresses = [_address(segment) for segment in self._segments]
         # With fewer cores than ranks, a rank that looks keeps a core from the peer that it waits for.
-        has_core = world_size <= len(os.sched_getaffinity(0))
+        has_core = (ranks_on_host or world_size) <= len(os.sched_getaffinity(0))
         looks = (SPINS, YIELDS) if has_core else (0, 0)
         self._pointers = (ctypes.c_void_p * world_size)(*self._addresses)
         self._group = _Group(ctypes.addressof(self._pointers), rank, world_size, *looks)

@@ -1,12 +1,43 @@
-"""How a layer says which tensors of the checkpoint it takes, and where they go."""
+"""How a layer says which tensors of the checkpoint it takes, which part of them, and where they go."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from nibble.utils.errors import ConfigError
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part `[start, start + size)` of a dimension that has `full` values in the checkpoint."""
+
+    full: int
+    start: int
+    size: int
+
+    @classmethod
+    def whole(cls, full: int) -> "Shard":
+        return cls(full, 0, full)
+
+    @classmethod
+    def split(cls, full: int, rank: int, ranks: int, unit: int = 1) -> "Shard":
+        """The share of one of several ranks, cut at multiples of `unit`: equal, or one unit more on the first ranks.
+
+        Raises ConfigError when there are fewer units than ranks.
+        """
+        units, rest = divmod(full, unit)
+        if rest or units < ranks:
+            raise ConfigError(f"{full} values can't be split over {ranks} ranks at multiples of {unit}")
+        start, end = (unit * (part * (units // ranks) + min(part, units % ranks)) for part in (rank, rank + 1))
+        return cls(full, start, end - start)
+
+    def in_units_of(self, values: int) -> "Shard":
+        """The same part where `values` neighbours are stored as one: packed, or with one scale for all."""
+        return Shard(self.full // values, self.start // values, self.size // values)
 
 
 @dataclass(frozen=True)
@@ -32,12 +63,29 @@ class Layer(Protocol):
     # A layer may also have `process_weights_after_loading(self) -> None`, called once all are loaded.
 
 
-def float_target(destination: torch.Tensor, mean: float = 0.0) -> WeightTarget:
-    """A floating-point tensor copied (and cast) into `destination`."""
-    shape = tuple(destination.shape)
-    return WeightTarget(
-        shape=shape,
-        dtypes=FLOAT_DTYPES,
-        load=lambda tensor: destination.copy_(tensor),
-        dummy=lambda generator: torch.randn(shape, generator=generator) * 0.02 + mean,
-    )
+Fill = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+
+
+def target(
+    destination: torch.Tensor, dtypes: tuple[torch.dtype, ...], dummy: Fill, shards: Sequence[Shard] = ()
+) -> WeightTarget:
+    """A tensor copied (and cast) into `destination`. `shards` say which part of it, for each of its first dimensions;
+    `dummy` fills the whole of it, so that ranks agree on what they share.
+    """
+    shape = (*(shard.full for shard in shards), *destination.shape[len(shards) :])
+
+    def load(tensor: torch.Tensor) -> None:
+        for dimension, shard in enumerate(shards):
+            tensor = tensor.narrow(dimension, shard.start, shard.size)
+        destination.copy_(tensor)
+
+    return WeightTarget(shape, dtypes, load, lambda generator: dummy(shape, generator))
+
+
+def float_target(destination: torch.Tensor, mean: float = 0.0, shards: Sequence[Shard] = ()) -> WeightTarget:
+    """A floating-point tensor, or the part of it that `shards` say, copied (and cast) into `destination`."""
+
+    def dummy(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.02 + mean
+
+    return target(destination, FLOAT_DTYPES, dummy, shards)

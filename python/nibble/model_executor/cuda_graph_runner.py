@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nibble.distributed.communicator import Communicator
+from nibble.distributed.parallel_state import ParallelState
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch, GraphAttentionBackend, GraphAttentionStep
 from nibble.layers.dp_attention import DpStep, dp_step
@@ -27,13 +27,13 @@ class CudaGraphRunner:
         model: CausalLM,
         pool: KvCachePool,
         attention_backend: GraphAttentionBackend,
-        dp_group: Communicator,
+        parallel: ParallelState,
         graph_rows: Sequence[int],
         context_length: int,
         show_progress: bool,
     ) -> None:
         """Captures a graph for each of `graph_rows`, ascending. Collective: every rank captures the same."""
-        self.model, self.pool, self.dp_group = model, pool, dp_group
+        self.model, self.pool, self.parallel = model, pool, parallel
         self.graph_rows = tuple(graph_rows)
         largest = self.graph_rows[-1]
         device = pool.device
@@ -76,7 +76,7 @@ class CudaGraphRunner:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(rows, attention)  # compiles what this number of rows needs; capturing cannot
-            self.dp_group.synchronize()
+            self.parallel.tp_group.synchronize()
             with torch.cuda.graph(captured.graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 captured.logits = self._forward(rows, attention)
         torch.cuda.current_stream().wait_stream(stream)
@@ -106,7 +106,8 @@ class CudaGraphRunner:
     def _forward(self, rows: int, attention: GraphAttentionStep) -> torch.Tensor:
         largest = self.graph_rows[-1]
         is_padding = self._row_index[:rows] >= self._inputs[-1]
-        with dp_step(DpStep(self.dp_group, (rows,) * self.dp_group.world_size, is_padding)):
+        sizes = (rows,) * self.parallel.dp_group.world_size
+        with dp_step(DpStep(self.parallel, sizes, sizes, is_padding)):
             hidden = self.model.forward(self._inputs[:rows], self._inputs[largest : largest + rows], attention)
             return self.model.compute_logits(hidden)
 

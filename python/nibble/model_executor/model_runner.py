@@ -39,7 +39,6 @@ class ModelRunner:
             self.device,
             self._shows_progress,
         )
-        self.vocab_size = config.model.vocab_size
         self._graphs: CudaGraphRunner | None = None
         num_pages = config.num_pages
         if self.device.type == "cuda":
@@ -55,7 +54,7 @@ class ModelRunner:
                 self.model,
                 self.pool,
                 cast(GraphAttentionBackend, self.attention_backend),
-                parallel.dp_group,
+                parallel,
                 config.cuda_graph_rows,
                 config.context_length,
                 self._shows_progress,
@@ -69,7 +68,8 @@ class ModelRunner:
     def _allocate_cache(self, num_pages: int) -> None:
         config = self.config
         dtype = torch_dtype(config.kv_cache_dtype)
-        self.pool = KvCachePool(config.model, num_pages, config.args.page_size, dtype, self.device)
+        share_of_model = config.parallel.share_of(config.model)
+        self.pool = KvCachePool(share_of_model, num_pages, config.args.page_size, dtype, self.device)
         self.attention_backend = create_attention_backend(config, self.pool)
 
     def _pages_that_fit(self, activations: int) -> int:
@@ -82,7 +82,8 @@ class ModelRunner:
             total * args.mem_fraction_static / config.ranks_per_gpu - weights,
             free / config.ranks_per_gpu - activations,
         )
-        page_bytes = config.model.kv_elements_per_token * DTYPE_BYTES[config.kv_cache_dtype] * args.page_size
+        share_of_model = config.parallel.share_of(config.model)
+        page_bytes = share_of_model.kv_elements_per_token * DTYPE_BYTES[config.kv_cache_dtype] * args.page_size
         fitting = int(max(0.0, share) // page_bytes)
         wanted = -(-args.max_running_requests * config.context_length // args.page_size)
         everywhere = self.parallel.cpu_group.all_gather(torch.tensor([min(fitting, wanted)]))
@@ -110,7 +111,8 @@ class ModelRunner:
         self._allocate_cache(pages)
         attention = AttentionBatch([tokens], [tokens], [range(pages)])
         batch = ForwardBatch([0] * tokens, list(range(tokens)), attention, logit_rows=[tokens - 1])
-        self.forward(batch, [tokens] * self.parallel.dp_group.world_size)
+        groups = self.parallel.dp_group.world_size
+        self.forward(batch, [tokens] * groups, global_num_logit_rows=[1] * groups)
         peak = torch.cuda.max_memory_allocated(self.device)
         del self.pool, self.attention_backend
         torch.cuda.empty_cache()
@@ -118,10 +120,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(
-        self, batch: ForwardBatch | None, global_num_tokens: Sequence[int], decodes_only: bool = False
+        self,
+        batch: ForwardBatch | None,
+        global_num_tokens: Sequence[int],
+        decodes_only: bool = False,
+        global_num_logit_rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """fp32 logits `[len(logit_rows), vocab]`. Collective: all ranks call it, idle ones with None.
 
+        The sizes are the rows of every attention group, and how many of them need logits, by default all.
         `decodes_only` says of the step on all ranks that every sequence has one row. The logits may be overwritten by
         the next call. Raises CollectiveError if a peer fails; otherwise they may be read.
         """
@@ -129,16 +136,16 @@ class ModelRunner:
         if self._graphs and graph_rows:
             logits = _select(self._graphs.replay(graph_rows, batch), batch)
         else:
-            with dp_step(DpStep(self.parallel.dp_group, tuple(global_num_tokens))):
+            sizes, logit_sizes = tuple(global_num_tokens), tuple(global_num_logit_rows or global_num_tokens)
+            with dp_step(DpStep(self.parallel, sizes, logit_sizes)):
                 logits = self._forward(batch)
-        self.parallel.dp_group.synchronize()
+        self.parallel.tp_group.synchronize()
         return logits
 
     def _forward(self, batch: ForwardBatch | None) -> torch.Tensor:
         if batch is None:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-            self.model.forward(nothing, nothing, None)
-            return torch.empty(0, self.vocab_size, device=self.device)
+            return self.model.compute_logits(self.model.forward(nothing, nothing, None))
         hidden = self.model.forward(
             torch.tensor(batch.input_ids, device=self.device),
             torch.tensor(batch.positions, device=self.device),

@@ -9,35 +9,37 @@ from typing import Protocol
 import torch
 
 from nibble.config.resolve import EngineConfig
+from nibble.distributed.communicator import Communicator
 from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.select import select_kernels
 from nibble.layers.attention.backend import AttentionStep
 from nibble.layers.embedding import LMHead, TiedLMHead, VocabEmbedding
-from nibble.layers.linear import make_linear
+from nibble.layers.linear import RowParallelLinear, make_linear, split_heads, split_width
 from nibble.layers.norm import RMSNorm
+from nibble.layers.partial_sum import Summand, complete
 from nibble.layers.rotary import RotaryEmbedding
 from nibble.layers.weights import Layer
-from nibble.utils.dtypes import torch_dtype
 
 
 class Qwen3Attention:
-    def __init__(self, config: EngineConfig, prefix: str, layer: int, rotary: RotaryEmbedding) -> None:
-        model = config.model
+    """The heads of one rank: its result is a term of the sum over the attention group."""
+
+    def __init__(
+        self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int, rotary: RotaryEmbedding
+    ) -> None:
+        model, group = config.model, parallel.attn_tp_group
         self.layer, self.head_dim, self.rotary = layer, model.head_dim, rotary
-        self.heads = [model.num_heads, model.num_kv_heads, model.num_kv_heads]
-        q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        q = split_heads(model.num_heads, model.head_dim, group)
+        kv = split_heads(model.num_kv_heads, model.head_dim, group)
+        self.heads = [shard.size // model.head_dim for shard in (q, kv, kv)]
         self.qkv_proj = make_linear(
-            config,
-            prefix,
-            model.hidden_size,
-            [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)],
-            bias=model.attention_bias,
+            config, prefix, model.hidden_size, [("q_proj", q), ("k_proj", kv), ("v_proj", kv)], model.attention_bias
         )
-        self.o_proj = make_linear(config, prefix, q_size, [("o_proj", model.hidden_size)], bias=model.attention_bias)
+        self.o_proj = RowParallelLinear(config, group, prefix, q, ("o_proj", model.hidden_size), model.attention_bias)
         self.q_norm = RMSNorm(config, model.head_dim)
         self.k_norm = RMSNorm(config, model.head_dim)
 
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> Summand:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.heads, dim=1)  # [T, N, D]
         q, k = self.rotary.normalized(q, k, self.q_norm, self.k_norm, positions)
@@ -53,19 +55,21 @@ class Qwen3Attention:
 class FeedForward(Protocol):
     """What follows attention in a decoder layer: `[T, H] -> [T, H]`, with T 0 on an idle rank."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor) -> Summand: ...
 
     def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]: ...
 
 
 class Qwen3MLP:
-    def __init__(self, config: EngineConfig, prefix: str) -> None:
-        hidden, width = config.model.hidden_size, config.model.intermediate_size
+    """Split in width over `group`."""
+
+    def __init__(self, config: EngineConfig, group: Communicator, prefix: str) -> None:
+        hidden, width = config.model.hidden_size, split_width(config, config.model.intermediate_size, group)
         self.gate_up_proj = make_linear(config, prefix, hidden, [("gate_proj", width), ("up_proj", width)])
-        self.down_proj = make_linear(config, prefix, width, [("down_proj", hidden)])
+        self.down_proj = RowParallelLinear(config, group, prefix, width, ("down_proj", hidden))
         self.silu_and_mul = select_kernels(config.kernels, config.moe_kernel).silu_and_mul
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> Summand:
         return self.down_proj(self.silu_and_mul(self.gate_up_proj(x))) if x.shape[0] else x
 
     def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]:
@@ -77,26 +81,28 @@ class Qwen3DecoderLayer:
     def __init__(self, config: EngineConfig, parallel: ParallelState, layer: int, rotary: RotaryEmbedding) -> None:
         hidden_size = config.model.hidden_size
         self.prefix = f"model.layers.{layer}"
-        self.self_attn = Qwen3Attention(config, f"{self.prefix}.self_attn", layer, rotary)
+        self.self_attn = Qwen3Attention(config, parallel, f"{self.prefix}.self_attn", layer, rotary)
         self.mlp = self.make_mlp(config, parallel, f"{self.prefix}.mlp", layer)
         self.input_layernorm = RMSNorm(config, hidden_size)
         self.post_attention_layernorm = RMSNorm(config, hidden_size)
 
     def make_mlp(self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int) -> FeedForward:
-        return Qwen3MLP(config, prefix)
+        return Qwen3MLP(config, parallel.attn_tp_group, prefix)
 
     def __call__(
         self,
-        hidden: torch.Tensor,
+        hidden: Summand,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         attention: AttentionStep | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Summand, torch.Tensor]:
         """`[T, H]` twice: what this layer's last part adds to the residual, and the residual before that."""
         if attention is None:  # an idle rank has no rows, and enters only what is collective
-            return self.mlp(hidden), hidden
+            nothing = complete(hidden)
+            return self.mlp(nothing), nothing
         if residual is None:
-            normed, residual = self.input_layernorm(hidden), hidden
+            residual = complete(hidden)
+            normed = self.input_layernorm(residual)
         else:
             normed, residual = self.input_layernorm.after_adding(hidden, residual)
         attended = self.self_attn(normed, positions, attention)
@@ -114,24 +120,25 @@ class Qwen3ForCausalLM:
     decoder_layer = Qwen3DecoderLayer
 
     def __init__(self, config: EngineConfig, parallel: ParallelState) -> None:
-        model, dtype = config.model, torch_dtype(config.dtype)
+        model = config.model
         rotary = RotaryEmbedding(config)
-        self.embed_tokens = VocabEmbedding(model.vocab_size, model.hidden_size, dtype)
+        self.embed_tokens = VocabEmbedding(config, parallel)
         self.decoder = [self.decoder_layer(config, parallel, layer, rotary) for layer in range(model.num_layers)]
         self.norm = RMSNorm(config, model.hidden_size)
         if model.tie_word_embeddings:
             self.lm_head: TiedLMHead | LMHead = TiedLMHead(self.embed_tokens)
         else:
-            self.lm_head = LMHead(model.vocab_size, model.hidden_size, dtype)
+            self.lm_head = LMHead(config, parallel)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep | None
     ) -> torch.Tensor:
         """Hidden states `[T, H]` for `input_ids [T]`; `attention` is None exactly when T is 0."""
-        hidden, residual = self.embed_tokens(input_ids), None
+        hidden: Summand = self.embed_tokens(input_ids)
+        residual: torch.Tensor | None = None
         for layer in self.decoder:
             hidden, residual = layer(hidden, residual, positions, attention)
-        return hidden if residual is None else hidden + residual
+        return complete(hidden) if residual is None else complete(hidden) + residual
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits `[R, vocab]` for the rows `[R, H]` of `forward` that need them."""

@@ -13,7 +13,7 @@ from nibble.models.qwen3 import FeedForward, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 
 class Qwen3MoeSparseMoeBlock:
-    """The router runs on this rank's rows; the experts on the rows of all ranks."""
+    """The router runs on the rows of this rank's attention group; the experts on those of all groups."""
 
     def __init__(self, config: EngineConfig, parallel: ParallelState, prefix: str) -> None:
         moe = config.model.moe
@@ -35,7 +35,7 @@ class Qwen3MoeDecoderLayer(Qwen3DecoderLayer):
         assert moe is not None
         if moe.is_moe_layer(layer):
             return Qwen3MoeSparseMoeBlock(config, parallel, prefix)
-        return Qwen3MLP(config, prefix)
+        return Qwen3MLP(config, parallel.dense_tp_group, prefix)
 
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):

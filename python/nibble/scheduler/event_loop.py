@@ -64,12 +64,13 @@ class EventLoop:
         if pages:
             self.runner.pool.clear(pages)
         before = time.monotonic()
-        num_tokens = sum(entry.num_tokens for entry in step)
-        sync = self.dp_sync.exchange(num_tokens, num_tokens == len(step), self.sequence)
+        num_tokens, num_logit_rows = sum(entry.num_tokens for entry in step), sum(entry.samples for entry in step)
+        sync = self.dp_sync.exchange(num_tokens, num_logit_rows, num_tokens == len(step), self.sequence)
         if self.statistics is not None:
             self.statistics.count_step(step, sync, time.monotonic() - before)
         if sync.runs:
-            logits = self.runner.forward(make_forward_batch(step), sync.global_num_tokens, sync.decodes_only)
+            batch = make_forward_batch(step)
+            logits = self.runner.forward(batch, sync.global_num_tokens, sync.decodes_only, sync.global_num_logit_rows)
             if step:
                 rows = [entry.request.sampling_row for entry in step if entry.samples]
                 self._finish(step, self.sampler.sample(logits, rows) if rows else [])

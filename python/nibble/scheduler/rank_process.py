@@ -14,63 +14,23 @@ from pathlib import Path
 import msgspec
 import setproctitle
 import torch
-import zmq
 
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.parallel_state import initialize_parallel
-from nibble.ipc.messages import (
-    FromRank,
-    RankFailed,
-    RankReady,
-    RankStage,
-    ToRank,
-    engine_address,
-    rank_address,
-)
+from nibble.ipc.messages import RankFailed, RankReady, RankStage
 from nibble.kernels.select import select_kernels
 from nibble.model_executor.model_runner import ModelRunner
 from nibble.model_executor.sampler import Sampler
 from nibble.observability.logging import configure_logging
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
+from nibble.scheduler.rank_sockets import RankSockets
 from nibble.scheduler.rank_statistics import RankStatistics, moe_traffic
 from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
 from nibble.utils.errors import ConfigError
 from nibble.utils.process import die_with_parent
 
 logger = logging.getLogger(__name__)
-
-
-class RankSockets:
-    """Messages from and to the engine's process."""
-
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        self._context = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.set_hwm(0)
-        self._inbox.bind(rank_address(run_dir, rank))
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._outbox.set_hwm(0)
-        self._outbox.connect(engine_address(run_dir))
-        self._decoder = msgspec.msgpack.Decoder(ToRank)
-        self._encoder = msgspec.msgpack.Encoder()
-
-    def receive(self, wait: bool) -> list[ToRank]:
-        messages = []
-        if wait:
-            messages.append(self._decoder.decode(self._inbox.recv()))
-        while True:
-            try:
-                messages.append(self._decoder.decode(self._inbox.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                return messages
-
-    def send(self, message: FromRank) -> None:
-        self._outbox.send(self._encoder.encode(message))
-
-    def close(self) -> None:
-        """Returns when what was sent has been delivered, at most a second later."""
-        self._context.destroy(linger=1000)
 
 
 def main() -> None:
@@ -81,7 +41,7 @@ def main() -> None:
     die_with_parent(sys.stdin.fileno())
     setproctitle.setproctitle(f"nibble rank {rank}")
     configure_logging(config.args.log_level, f"rank {rank}", config.args.log_format)
-    sockets = RankSockets(run_dir, rank)
+    sockets = RankSockets(run_dir, rank, config.parallel)
     try:
         _start(config, rank, run_dir, sockets).run_forever()
     except Exception as error:
@@ -111,18 +71,18 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         eos_token_ids=frozenset(config.model.eos_token_ids),
         reuse_prefixes=not config.args.disable_radix_cache,
     )
-    statistics = None
+    statistics, dp_rank = None, config.parallel.dp_rank(rank)
     if config.args.enable_metrics:
         traffic = moe_traffic(config, (layer for _, layer in runner.model.layers()))
-        statistics = RankStatistics(rank, traffic, sockets.send)
+        statistics = RankStatistics(dp_rank, traffic, sockets.answer)
     loop = EventLoop(
-        rank,
+        dp_rank,
         Scheduler(limits, runner.pool.num_pages),
         runner,
         Sampler(config.model.eos_token_ids, select_kernels(config.kernels, config.moe_kernel).argmax),
-        DpSync(parallel.cpu_group),
+        DpSync(parallel.cpu_group, config.parallel.attn_tp_size),
         sockets,
-        sockets.send,
+        sockets.answer,
         statistics,
     )
     gc.collect()

@@ -11,7 +11,7 @@ def create_attention_backend(config: EngineConfig, pool: KvCachePool) -> Attenti
         case "flashinfer":
             from nibble.layers.attention.flashinfer_backend import FlashInferBackend
 
-            return FlashInferBackend(pool, config.model.num_heads, torch_dtype(config.dtype))
+            return FlashInferBackend(pool, config.parallel.share_of(config.model).num_heads, torch_dtype(config.dtype))
         case "c":
             from nibble.layers.attention.cpu_backend import CpuAttentionBackend
 

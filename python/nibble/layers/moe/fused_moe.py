@@ -24,7 +24,7 @@ class FusedMoEMethod(Protocol):
     """Computes this rank's experts on the rows of all ranks."""
 
     def apply(self, rows: GatheredRows | UnpackedRows) -> torch.Tensor:
-        """Returns `[S, H]`: for each row the weighted sum over this rank's experts only."""
+        """Returns `[S, H]`: for each row the weighted sum over this rank's experts, or its part of them, only."""
         ...
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget | None]: ...

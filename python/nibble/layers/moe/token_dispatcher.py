@@ -12,7 +12,7 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.kernels.select import select_kernels
 from nibble.kernels.torch.wire_row import UnpackedRows, WireRowLayout, unpack
-from nibble.layers.dp_attention import dp_gather, dp_reduce_scatter
+from nibble.layers.dp_attention import dp_gather, dp_pad, dp_reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Fp4AllGatherDispatcher:
 
 
 class AllGatherDispatcher:
-    """Gathers the activations as they are."""
+    """Gathers the activations as they are: the generic path, for every split. Padding belongs to no expert."""
 
     def dispatch(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> GatheredRows:
-        return GatheredRows(*dp_gather([x, topk_ids, topk_weights]))
+        return GatheredRows(*dp_gather([dp_pad(x), dp_pad(topk_ids, value=-1), dp_pad(topk_weights)]))
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
         return dp_reduce_scatter(partial)  # [S, H] -> [T, H]

@@ -5,7 +5,7 @@ A linear layer `P` is stored as `P.weight` uint8 [N, K/2], `P.weight_scale` e4m3
 on values without their tensor-wide scales, and `alpha = input_scale * weight_scale_2` is applied to the sum.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,39 +17,43 @@ from nibble.kernels.torch.nvfp4 import BLOCK_SIZE, quantize_nvfp4
 from nibble.kernels.torch.wire_row import UnpackedRows
 from nibble.layers.moe.token_dispatcher import Fp4AllGatherDispatcher, GatheredRows
 from nibble.layers.quantization.unquant import PROJECTIONS
-from nibble.layers.weights import WeightTarget, float_target
+from nibble.layers.weights import Shard, WeightTarget, float_target, target
 from nibble.utils.dtypes import torch_dtype
 from nibble.utils.errors import ConfigError
 
 
 class Nvfp4Weight:
-    """One quantized matrix as the checkpoint stores it, `N` rows of `K` values."""
+    """A part of one quantized matrix, stored as in the checkpoint: `N` rows of `K` values in whole blocks.
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self.values = torch.empty(rows, columns // 2, dtype=torch.uint8)  # [N, K/2]
-        self.scales = torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn)  # [N, K/16]
+    Raises ConfigError for columns that cut a block, because its values share one scale.
+    """
+
+    def __init__(self, rows: Shard, columns: Shard) -> None:
+        if columns.full % BLOCK_SIZE or columns.start % BLOCK_SIZE or columns.size % BLOCK_SIZE:
+            end = columns.start + columns.size
+            raise ConfigError(
+                f"NVFP4 needs rows of a multiple of {BLOCK_SIZE} values, which are one block; a rank would have the "
+                f"values {columns.start} to {end - 1} of {columns.full}"
+            )
+        self.rows, self.columns = rows, columns
+        self.values = torch.empty(rows.size, columns.size // 2, dtype=torch.uint8)  # [N, K/2]
+        self.scales = torch.empty(rows.size, columns.size // BLOCK_SIZE, dtype=torch.float8_e4m3fn)  # [N, K/16]
         self.scale_2 = torch.empty((), dtype=torch.float32)
         self.input_scale = torch.empty((), dtype=torch.float32)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget]:
+        values, scales = self.columns.in_units_of(2), self.columns.in_units_of(BLOCK_SIZE)
         return {
-            f"{prefix}.weight": _exact(self.values, _random_bytes),
-            f"{prefix}.weight_scale": _exact(self.scales, _random_scales),
+            f"{prefix}.weight": target(self.values, (torch.uint8,), _random_bytes, [self.rows, values]),
+            f"{prefix}.weight_scale": target(self.scales, (torch.float8_e4m3fn,), _random_scales, [self.rows, scales]),
             f"{prefix}.weight_scale_2": _scalar(self.scale_2, dummy=_DUMMY_WEIGHT_SCALE_2),
             f"{prefix}.input_scale": _scalar(self.input_scale, dummy=_DUMMY_INPUT_SCALE),
         }
 
 
-Fill = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
-
 # Weights of about 0.02 with the values and block scales drawn below, and activations of up to 8.
 _DUMMY_WEIGHT_SCALE_2 = 4e-5
 _DUMMY_INPUT_SCALE = 3e-3
-
-
-def _exact(destination: torch.Tensor, dummy: Fill) -> WeightTarget:
-    shape = tuple(destination.shape)
-    return WeightTarget(shape, (destination.dtype,), destination.copy_, lambda generator: dummy(shape, generator))
 
 
 def _random_bytes(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -68,18 +72,16 @@ class ModelOptNvFp4Linear:
     """`x [T, K] -> [T, N]` for one or several NVFP4 matrices that read the same input."""
 
     def __init__(
-        self, kernels: Kernels, in_features: int, parts: Sequence[tuple[str, int]], bias: bool, dtype: torch.dtype
+        self, kernels: Kernels, columns: Shard, parts: Sequence[tuple[str, Shard]], bias: bool, dtype: torch.dtype
     ) -> None:
-        if in_features % BLOCK_SIZE:
-            raise ConfigError(f"NVFP4 needs rows of a multiple of {BLOCK_SIZE} values, got {in_features}")
         self.dtype = dtype
         self.kernels = kernels
-        self.parts = [(name, Nvfp4Weight(rows, in_features)) for name, rows in parts]
-        self.bias = torch.empty(sum(rows for _, rows in parts), dtype=self.dtype) if bias else None
+        self.parts = [(name, Nvfp4Weight(rows, columns)) for name, rows in parts]
+        self.bias = torch.empty(sum(rows.size for _, rows in parts), dtype=self.dtype) if bias else None
 
     def process_weights_after_loading(self) -> None:
         weights = [weight for _, weight in self.parts]
-        rows = torch.tensor([len(weight.values) for weight in weights])
+        rows = torch.tensor([weight.rows.size for weight in weights])
         scale_2 = torch.stack([weight.scale_2 for weight in weights])
         self.input_scale = torch.stack([weight.input_scale for weight in weights]).amax()
         self.alpha = (self.input_scale * scale_2).repeat_interleave(rows)  # [N]
@@ -101,14 +103,17 @@ class ModelOptNvFp4Linear:
         start = 0
         for name, weight in self.parts:
             targets.update(weight.weight_targets(f"{prefix}.{name}"))
+            end = start + weight.rows.size
             if self.bias is not None:
-                targets[f"{prefix}.{name}.bias"] = float_target(self.bias[start : start + len(weight.values)])
-            start += len(weight.values)
+                targets[f"{prefix}.{name}.bias"] = float_target(self.bias[start:end], shards=[weight.rows])
+            start = end
         return targets
 
 
 class ModelOptNvFp4FusedMoEMethod:
-    """This rank's NVFP4 experts, on rows quantized before the gather or, without it, after."""
+    """This rank's NVFP4 experts, or its blocks of their width, on rows quantized before the gather or, without it,
+    after.
+    """
 
     def __init__(
         self, config: EngineConfig, parallel: ParallelState, fp4_dispatcher: Fp4AllGatherDispatcher | None
@@ -125,9 +130,11 @@ class ModelOptNvFp4FusedMoEMethod:
         self.dtype = torch_dtype(config.dtype)
         self.fp4_dispatcher = fp4_dispatcher
         self.kernels = select_kernels(config.kernels, config.moe_kernel)
-        self.gate = [Nvfp4Weight(width, hidden) for _ in self.experts]
-        self.up = [Nvfp4Weight(width, hidden) for _ in self.experts]
-        self.down = [Nvfp4Weight(hidden, width) for _ in self.experts]
+        all_hidden = Shard.whole(hidden)
+        own_width = Shard.split(width, parallel.moe_tp_rank, parallel.moe_tp_size, BLOCK_SIZE)
+        self.gate = [Nvfp4Weight(own_width, all_hidden) for _ in self.experts]
+        self.up = [Nvfp4Weight(own_width, all_hidden) for _ in self.experts]
+        self.down = [Nvfp4Weight(all_hidden, own_width) for _ in self.experts]
         self.gate_up_input_scales = torch.empty(moe.num_experts, 2)
 
     def process_weights_after_loading(self) -> None:

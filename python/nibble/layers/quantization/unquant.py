@@ -10,7 +10,7 @@ from nibble.kernels.select import Kernels
 from nibble.kernels.torch.fused_moe import fused_moe
 from nibble.kernels.torch.wire_row import UnpackedRows
 from nibble.layers.moe.token_dispatcher import GatheredRows
-from nibble.layers.weights import WeightTarget, float_target
+from nibble.layers.weights import Shard, WeightTarget, float_target
 from nibble.utils.dtypes import torch_dtype
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -21,12 +21,13 @@ class UnquantizedLinear:
     """`x @ weight.T + bias`. `parts` are (name in the checkpoint, rows) in the order of the output."""
 
     def __init__(
-        self, kernels: Kernels, in_features: int, parts: Sequence[tuple[str, int]], bias: bool, dtype: torch.dtype
+        self, kernels: Kernels, columns: Shard, parts: Sequence[tuple[str, Shard]], bias: bool, dtype: torch.dtype
     ) -> None:
         self.kernel = kernels.linear
+        self.columns = columns
         self.parts = list(parts)
-        out_features = sum(rows for _, rows in parts)
-        self.weight = torch.empty(out_features, in_features, dtype=dtype)  # [N, K]
+        out_features = sum(rows.size for _, rows in parts)
+        self.weight = torch.empty(out_features, columns.size, dtype=dtype)  # [N, K]
         self.bias = torch.empty(out_features, dtype=dtype) if bias else None  # [N]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -36,21 +37,26 @@ class UnquantizedLinear:
         targets = {}
         start = 0
         for name, rows in self.parts:
-            targets[f"{prefix}.{name}.weight"] = float_target(self.weight[start : start + rows])
+            end = start + rows.size
+            targets[f"{prefix}.{name}.weight"] = float_target(self.weight[start:end], shards=[rows, self.columns])
             if self.bias is not None:
-                targets[f"{prefix}.{name}.bias"] = float_target(self.bias[start : start + rows])
-            start += rows
+                targets[f"{prefix}.{name}.bias"] = float_target(self.bias[start:end], shards=[rows])
+            start = end
         return targets
+
+    def process_weights_after_loading(self) -> None:
+        pass
 
 
 class UnquantizedFusedMoEMethod:
-    """This rank's experts on gathered rows."""
+    """This rank's experts, or its part of their width, on gathered rows."""
 
     def __init__(self, config: EngineConfig, parallel: ParallelState) -> None:
         moe = config.model.moe
         assert moe is not None
         self.num_experts, self.experts = moe.num_experts, parallel.local_experts(moe.num_experts)
-        hidden, width, dtype = config.model.hidden_size, moe.intermediate_size, torch_dtype(config.dtype)
+        self.width = Shard.split(moe.intermediate_size, parallel.moe_tp_rank, parallel.moe_tp_size)
+        hidden, width, dtype = config.model.hidden_size, self.width.size, torch_dtype(config.dtype)
         self.w13 = torch.empty(len(self.experts), 2 * width, hidden, dtype=dtype)  # [E, 2I, H], gate then up
         self.w2 = torch.empty(len(self.experts), hidden, width, dtype=dtype)  # [E, H, I]
 
@@ -64,9 +70,11 @@ class UnquantizedFusedMoEMethod:
             names = [f"{prefix}.{expert}.{part}.weight" for part in PROJECTIONS]
             if expert in self.experts:
                 index = expert - self.experts.start
-                gate, up = self.w13[index].chunk(2)
-                tensors = (gate, up, self.w2[index])
-                targets.update({name: float_target(t) for name, t in zip(names, tensors, strict=True)})
+                down = self.w2[index]
+                hidden = Shard.whole(len(down))
+                for name, rows in zip(names[:2], self.w13[index].chunk(2), strict=True):
+                    targets[name] = float_target(rows, shards=[self.width])
+                targets[names[2]] = float_target(down, shards=[hidden, self.width])
             else:
                 targets.update(dict.fromkeys(names))
         return targets
