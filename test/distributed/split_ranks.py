@@ -20,7 +20,6 @@ from nibble.model_executor.model_runner import ModelRunner
 from rank_processes import Rank
 from runners import engine_config
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "broadcast", "barrier")
 PAGE = 4
 
 
@@ -29,7 +28,7 @@ def prompt(dp_rank: int, length: int) -> list[int]:
 
 
 def run_cases(rank: Rank, folder: str, args: dict[str, Any], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each case, of `sizes` by attention group and a padding `mode` or none: logits, and the collectives entered."""
+    """For each case, `sizes` by attention group and a padding `mode` or none: logits, and the collectives entered."""
     torch.set_num_threads(1)
     runner = shared_runner(rank, folder, args)
     return [run_case(runner, **case) for case in cases]
@@ -37,9 +36,9 @@ def run_cases(rank: Rank, folder: str, args: dict[str, Any], cases: list[dict[st
 
 def run_case(runner: ModelRunner, sizes: list[int], mode: str | None = None) -> dict[str, Any]:
     dp_rank = runner.config.parallel.dp_rank(runner.parallel.rank)
-    forced = nullcontext()
+    forced: Any = nullcontext()
     if mode is not None:
-        forced = mock.patch.object(dp_attention, "cheapest_padding_mode", lambda *_: DpPaddingMode(mode))
+        forced = mock.patch.object(dp_attention, "cheapest_padding_mode", return_value=DpPaddingMode(mode))
     with forced, recorded_collectives(runner.parallel) as collectives:
         prefill = step(runner, dp_rank, [(0, size) for size in sizes])
         decode = step(runner, dp_rank, [(size, min(size, 1)) for size in sizes])
@@ -51,10 +50,9 @@ def step(runner: ModelRunner, dp_rank: int, groups: list[tuple[int, int]]) -> to
 
     Logits of every row but, where there are several, the first: fewer than rows, and differently many on each rank.
     """
+    mine = dp_rank
     if not runner.config.parallel.groups_meet:
-        groups, mine = groups[dp_rank : dp_rank + 1], 0
-    else:
-        mine = dp_rank
+        groups, mine = [groups[dp_rank]], 0
     start, count = groups[mine]
     sizes = [count for _, count in groups]
     logit_sizes = [max(count - 1, min(count, 1)) for count in sizes]
@@ -66,7 +64,7 @@ def step(runner: ModelRunner, dp_rank: int, groups: list[tuple[int, int]]) -> to
         batch = ForwardBatch(tokens, list(range(start, start + count)), attention, logit_rows)
     if not any(sizes):  # the ranks would not step
         return torch.empty(0, runner.config.model.vocab_size)
-    return runner.forward(batch, sizes, logit_sizes)
+    return runner.forward(batch, sizes, global_num_logit_rows=logit_sizes)
 
 
 def shared_runner(rank: Rank, folder: str, args: dict[str, Any]) -> ModelRunner:
@@ -85,24 +83,21 @@ def shared_runner(rank: Rank, folder: str, args: dict[str, Any]) -> ModelRunner:
 
 @contextmanager
 def recorded_collectives(parallel: ParallelState) -> Iterator[list[str]]:
-    """Every collective that the rank enters, as "collective in group", while it has not returned from another."""
+    """Every collective in which something travels, as "collective in group"; of equal groups the first one's name."""
     entered: list[str] = []
     groups = {"tp": parallel.tp_group, "attn_tp": parallel.attn_tp_group, "dp": parallel.dp_group}
-    names: dict[int, str] = {}
-    for name, group in groups.items():
-        names.setdefault(id(group), name)
+    names = {id(group): name for name, group in reversed(groups.items())}
 
-    def recording(group: Communicator, name: str) -> Any:
-        collective = getattr(group, name)
+    def recording(group: Communicator) -> Any:
+        run = group._run
 
-        def record(*arguments: Any) -> Any:
-            entered.append(f"{name} in {names[id(group)]}")
-            return collective(*arguments)
+        def record(collective: str, *arguments: Any) -> Any:
+            entered.append(f"{collective} in {names[id(group)]}")
+            return run(collective, *arguments)
 
         return record
 
     with ExitStack() as patches:
         for group in {id(group): group for group in groups.values() if group.world_size > 1}.values():
-            for name in COLLECTIVES:
-                patches.enter_context(mock.patch.object(group, name, recording(group, name)))
+            patches.enter_context(mock.patch.object(group, "_run", recording(group)))
         yield entered
