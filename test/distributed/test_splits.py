@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -86,11 +87,13 @@ def alone(folder: Path) -> list[torch.Tensor]:
     return all_logits(runner, [prompt(dp_rank, 8) for dp_rank in range(4)])
 
 
-def assert_logits_of_one_rank(
-    results: list[list[dict]], expected: list[torch.Tensor], cases: list[dict], dp: int, tolerance: float = 1e-4
-) -> None:
-    """`tolerance` is relative to the largest logit. Ranks of an attention group have the same bits."""
+def relative_errors(results: list[list[dict]], expected: list[torch.Tensor], cases: list[dict], dp: int) -> list[float]:
+    """Of each case on each rank with rows: its logits' largest error, relative to the largest logit.
+
+    Ranks of an attention group have the same bits, or they would sample different tokens.
+    """
     attn_tp = len(results) // dp
+    errors = []
     for number, case in enumerate(cases):
         for rank, size in enumerate(size for size in case["sizes"] for _ in range(attn_tp)):
             logits = results[rank][number]["logits"]
@@ -98,26 +101,30 @@ def assert_logits_of_one_rank(
             wanted = expected[rank // attn_tp][min(size - 1, 1) : size + 1] if size else torch.empty(0, VOCAB)
             ours = torch.tensor(logits).view(-1, VOCAB)
             assert ours.shape == wanted.shape, (case, rank)
-            assert size == 0 or float((ours - wanted).abs().max() / wanted.abs().max()) < tolerance, (case, rank)
+            if size:
+                errors.append(float((ours - wanted).abs().max() / wanted.abs().max()))
+    return errors
 
 
 @pytest.mark.parametrize(("tp", "dp", "ep"), SPLITS)
 def test_every_split_of_a_model_with_experts_gives_the_logits_of_one_rank(ranks, moe, tp, dp, ep):
     cases = cases_of(dp)
-    assert_logits_of_one_rank(run(ranks, moe, tp, dp, ep, cases), alone(moe), cases, dp)
+    assert max(relative_errors(run(ranks, moe, tp, dp, ep, cases), alone(moe), cases, dp)) < 1e-4
 
 
 @pytest.mark.parametrize(("tp", "dp"), DENSE_SPLITS)
 def test_every_split_of_a_dense_model_gives_the_logits_of_one_rank(ranks, dense, tp, dp):
     cases = cases_of(dp, modes=MODES[:1])
-    assert_logits_of_one_rank(run(ranks, dense, tp, dp, 1, cases), alone(dense), cases, dp)
+    assert max(relative_errors(run(ranks, dense, tp, dp, 1, cases), alone(dense), cases, dp)) < 1e-4
 
 
 @pytest.mark.parametrize(("tp", "dp", "ep"), [split for split in SPLITS if split[0] > 1])
 def test_every_split_of_an_nvfp4_model_gives_the_logits_of_one_rank_but_for_rounding(ranks, nvfp4_moe, tp, dp, ep):
     """Sums of other terms round differently, and where that moves a value across a rounding boundary of FP4, more."""
     cases = cases_of(dp)
-    assert_logits_of_one_rank(run(ranks, nvfp4_moe, tp, dp, ep, cases), alone(nvfp4_moe), cases, dp, tolerance=0.05)
+    errors = relative_errors(run(ranks, nvfp4_moe, tp, dp, ep, cases), alone(nvfp4_moe), cases, dp)
+    assert max(errors) < 0.05
+    assert median(errors) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_every_split_of_an_nvfp4_model_gives_the_logits_of_one_rank_but_for_roun
 @pytest.mark.parametrize(("tp", "dp", "ep"), [(2, 1, 1), (2, 2, 1), (4, 2, 2)])
 def test_options_of_a_split_change_no_logits(ranks, moe, tp, dp, ep, options):
     cases = cases_of(dp)
-    assert_logits_of_one_rank(run(ranks, moe, tp, dp, ep, cases, **options), alone(moe), cases, dp)
+    assert max(relative_errors(run(ranks, moe, tp, dp, ep, cases, **options), alone(moe), cases, dp)) < 1e-4
 
 
 def collectives_of_a_step(tp: int, dp: int, mode: str, has_rows: bool) -> list[str]:
@@ -158,7 +165,7 @@ def test_no_padding_mode_leaves_the_experts_sum_untaken(ranks, moe, sizes):
     """A mode that only uneven groups choose went without the reduction, and nobody saw it on even ones."""
     cases: list[dict[str, Any]] = [{"sizes": sizes, "mode": mode} for mode in [*MODES, None]]
     results = run(ranks, moe, 4, 2, 1, cases)
-    assert_logits_of_one_rank(results, alone(moe), cases, 2)
+    assert max(relative_errors(results, alone(moe), cases, dp=2)) < 1e-4
     reductions = [
         [name for name in of_case["collectives"] if name in ("all_reduce in tp", "reduce_scatter in tp")]
         for of_case in results[0]

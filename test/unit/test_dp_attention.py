@@ -2,23 +2,32 @@
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from nibble.distributed.communicator import Communicator, SingleRankCommunicator
+from nibble.distributed.parallel_state import ParallelState
 from nibble.layers.dp_attention import (
+    DpPaddingMode,
     DpStep,
+    cheapest_padding_mode,
     dp_gather,
+    dp_pad,
     dp_reduce_scatter,
     dp_step,
     get_dp_global_num_tokens,
     get_dp_local_num_tokens,
+    get_dp_padding_mode,
     get_dp_rank,
     get_dp_size,
     mask_padding,
 )
+from nibble.layers.moe.token_dispatcher import AllGatherDispatcher
 from nibble.scheduler.dp_sync import DpSync
 from runners import data_parallel_state
 
@@ -32,6 +41,12 @@ class ThirdOfThree(SingleRankCommunicator):
 
     def _all_gatherv(self, tensors, sizes):
         return [torch.cat([torch.tensor(self.peers), tensors[0]])]
+
+
+class FourthOfFour(ThirdOfThree):
+    def __init__(self, peers: list[list[int]]) -> None:
+        super().__init__(peers)
+        self.rank, self.world_size = 3, 4
 
 
 def step_of(group: Communicator, *sizes: int, is_padding: torch.Tensor | None = None) -> DpStep:
@@ -89,6 +104,58 @@ def test_rows_that_only_fill_up_a_graph_are_routed_to_no_expert():
         assert mask_padding(topk_ids) is topk_ids
 
 
+# Attention groups of several ranks
+
+
+def first_of_two_pairs(*sizes: int) -> DpStep:
+    """Rank 0 of two attention groups of two ranks."""
+    tp, attn_tp, dp = (SingleRankCommunicator(name) for name in ("tp", "attn_tp", "dp"))
+    tp.world_size, attn_tp.world_size, dp.world_size = 4, 2, 2
+    return DpStep(ParallelState(0, tp, attn_tp, attn_tp, dp, tp), sizes, sizes)
+
+
+def test_sizes_of_all_ranks_never_meet_a_collective_of_one_rank_from_each_group():
+    """Gather sizes were taken from one group and the collective run on another: wrong rows, or a hang."""
+    with pytest.raises(ValueError, match="4 sizes for the 2 ranks of group 'dp'"):
+        first_of_two_pairs(3, 3, 2, 2)
+    with dp_step(first_of_two_pairs(3, 2)):
+        assert (get_dp_global_num_tokens(), get_dp_size(), get_dp_rank()) == ((3, 2), 2, 0)
+        assert get_dp_local_num_tokens() == 3
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=8).filter(any), st.integers(1, 8))
+def test_the_padding_mode_is_the_one_in_which_fewer_rows_travel(sizes, attn_tp):
+    groups, total = len(sizes), sum(sizes)
+    longest = max(sizes) + -max(sizes) % attn_tp
+    in_group = longest if attn_tp > 1 else 0
+    rows = {
+        DpPaddingMode.SUM_LEN: total + total * (2 if attn_tp > 1 else 1),  # gather; all-reduce or reduce-scatter
+        DpPaddingMode.MAX_LEN: groups * longest + groups * longest + in_group,  # gather; reduce-scatter; gather
+    }
+    assert rows[cheapest_padding_mode(sizes, attn_tp)] == min(rows.values())
+
+
+def test_ranks_that_are_a_group_each_never_pad():
+    assert cheapest_padding_mode((5, 5), attn_tp_size=1) is DpPaddingMode.SUM_LEN
+
+
+def test_even_groups_are_padded_until_every_rank_can_own_equally_many_rows_and_padding_is_routed_to_no_expert():
+    x, topk_ids, topk_weights = torch.ones(7, 4), torch.ones(7, 2, dtype=torch.int32), torch.ones(7, 2)
+    step = first_of_two_pairs(7, 8)
+    with dp_step(step), mock.patch.object(SingleRankCommunicator, "_all_gatherv", lambda _, tensors, sizes: [*tensors]):
+        assert get_dp_padding_mode() is DpPaddingMode.MAX_LEN and step.gathered_sizes == (8, 8)
+        rows = AllGatherDispatcher().dispatch(x, topk_ids, topk_weights)
+    assert rows.x.shape == (8, 4) and rows.topk_ids[-1].tolist() == [-1, -1] and not rows.topk_weights[-1].any()
+    assert torch.equal(rows.topk_ids[:7], topk_ids)
+
+
+def test_very_uneven_groups_are_not_padded():
+    x = torch.ones(40, 4)
+    with dp_step(first_of_two_pairs(40, 1)):
+        assert get_dp_padding_mode() is DpPaddingMode.SUM_LEN
+        assert dp_pad(x) is x
+
+
 # dp_sync: every rank derives the same from the same messages
 
 
@@ -111,6 +178,19 @@ def test_ranks_sleep_only_when_all_are_idle_and_all_know_the_newest_message():
     assert not behind.runs and not behind.may_sleep
     together = DpSync(ThirdOfThree([[0, 0, 1, 7], [0, 0, 1, 7]])).exchange(0, 0, True, 7)
     assert not together.runs and together.may_sleep
+
+
+def test_ranks_of_an_attention_group_speak_for_it_with_one_voice():
+    same = [[5, 2, 0, 1], [5, 2, 0, 1], [0, 0, 1, 1]]
+    result = DpSync(FourthOfFour(same), attn_tp_size=2).exchange(0, 0, True, 1)
+    assert (result.global_num_tokens, result.global_num_logit_rows, result.decodes_only) == ((5, 0), (2, 0), False)
+
+
+@pytest.mark.parametrize("other", [[4, 2, 0, 1], [5, 1, 0, 1], [5, 2, 1, 1], [5, 2, 0, 2]])
+def test_ranks_of_an_attention_group_that_diverge_are_an_error_and_no_hang(other):
+    messages = [[5, 2, 0, 1], other, [0, 0, 1, 1]]
+    with pytest.raises(RuntimeError, match="diverged"):
+        DpSync(FourthOfFour(messages), attn_tp_size=2).exchange(0, 0, True, 1)
 
 
 def test_a_single_rank_sleeps_when_it_has_nothing_to_do():
