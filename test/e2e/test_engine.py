@@ -73,6 +73,55 @@ def test_a_seed_fixes_the_tokens_whatever_else_is_in_the_batch(engine, prompts):
     assert other != alone
 
 
+SPLITS = {
+    "attention over two ranks": {"tp_size": 2},
+    "two attention groups of two ranks": {"tp_size": 4, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True},
+}
+
+
+@pytest.fixture(scope="module", params=SPLITS.values(), ids=SPLITS)
+def split_engine(request, bf16_checkpoint):
+    with nibble.Engine(model_path=str(bf16_checkpoint), page_size=4, log_level="warning", **request.param) as engine:
+        yield engine
+
+
+def test_a_model_split_over_ranks_gives_the_answers_of_one(split_engine, prompts, expected):
+    outputs = split_engine.generate(input_ids=prompts, sampling_params=GREEDY)
+    assert [output["text"] for output in outputs] == expected
+    groups = split_engine.config.parallel.dp_size
+    assert {output["meta_info"]["dp_rank"] for output in outputs} == set(range(groups))
+    assert len(split_engine.server_info()["requests_per_rank"]) == groups
+
+
+def test_all_ranks_of_a_group_draw_the_same_token(split_engine, engine, prompts):
+    """Each draws for itself; if one drew another token, it would compute on from that and the group fall apart."""
+    sampling = {"temperature": 3.0, "top_p": 0.99, "sampling_seed": 11, "max_new_tokens": 24, "ignore_eos": True}
+    texts = [e.generate(input_ids=prompts[:4], sampling_params=sampling) for e in (split_engine, engine)]
+    assert [output["text"] for output in texts[0]] == [output["text"] for output in texts[1]]
+
+
+def test_aborts_at_any_moment_leave_the_ranks_of_a_group_in_step(split_engine, prompts, expected):
+    """Heard by one rank a step before the other, an abort would leave them with different batches, and hanging."""
+
+    async def ask(prompt: list[int], news: int) -> None:
+        stream = await split_engine.async_generate(
+            input_ids=prompt, sampling_params={"max_new_tokens": 500, "ignore_eos": True}, stream=True
+        )
+        async for _ in stream:
+            news -= 1
+            if news <= 0:
+                break
+        await stream.aclose()
+
+    async def ask_all() -> None:
+        await asyncio.gather(*(ask(prompt, news=index % 7) for index, prompt in enumerate(prompts)))
+
+    asyncio.run(ask_all())
+    assert texts(split_engine, prompts) == expected
+    split_engine.flush_cache()
+    assert texts(split_engine, prompts[:5]) == expected[:5]
+
+
 def test_requests_without_a_seed_differ(engine, prompts):
     sampling = {"temperature": 2.0, "max_new_tokens": 24, "ignore_eos": True}
     outputs = engine.generate(input_ids=[prompts[0]] * 4, sampling_params=sampling)
