@@ -63,7 +63,7 @@ def step(runner: ModelRunner, dp_rank: int, groups: list[tuple[int, int]]) -> to
         logit_rows = list(range(count - logit_sizes[mine], count))
         batch = ForwardBatch(tokens, list(range(start, start + count)), attention, logit_rows)
     if not any(sizes):  # the ranks would not step
-        return torch.empty(0, runner.config.model.vocab_size)
+        return torch.empty(0, runner.config.model.vocab_size, device=runner.device)
     return runner.forward(batch, sizes, global_num_logit_rows=logit_sizes)
 
 

@@ -118,7 +118,7 @@ class ServerArgs:
         choices=("auto", "off"),
     )
 
-    # Memory and batching (per rank)
+    # Memory and batching (of a rank, or of an attention group that shares its requests)
     page_size: int = flag(16, "Tokens of one KV cache page.")
     max_total_tokens: int | None = flag(
         None,

@@ -1,0 +1,40 @@
+"""Splits over ranks of GPUs give the logits of one CPU rank: PyNCCL's groups, in fp32 without graphs."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from nibble.distributed.pynccl import multi_rank_gpu_environment
+from rank_processes import RankProcesses
+from split_cases import SPLITS, alone, cases_of, relative_errors, save_irregular_moe
+from split_ranks import run_cases
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_irregular_moe(tmp_path_factory.mktemp("moe"))
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in multi_rank_gpu_environment(request.param).items():
+            environment.setenv(name, value)
+        with RankProcesses(request.param, tmp_path_factory.mktemp("ranks"), timeout_s=170) as processes:
+            yield processes
+
+
+def test_every_split_over_gpu_ranks_gives_the_logits_of_one_rank(ranks: RankProcesses, moe: Path) -> None:
+    on_gpu = {"device": "cuda", "dtype": "float32", "kv_cache_dtype": "float32", "attention_backend": "torch"}
+    for tp, dp, ep in SPLITS:
+        if tp != ranks.world_size:
+            continue
+        cases = cases_of(dp)
+        args = {"tp_size": tp, "dp_size": dp, "ep_size": ep, **on_gpu}
+        results = ranks.run(run_cases, folder=str(moe), args=args, cases=cases)
+        assert max(relative_errors(results, alone(moe), cases, dp)) < 1e-4, (dp, ep)

@@ -1,0 +1,108 @@
+"""Which ranks form which group, and which experts a rank holds."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from checkpoints import COMMON
+from nibble.distributed import parallel_state, pynccl
+from nibble.distributed.communicator import Communicator, SingleRankCommunicator
+from nibble.distributed.parallel_state import ParallelState, initialize_parallel
+from runners import engine_config
+
+SPLITS = [(tp, dp, ep) for tp in (1, 2, 4, 8) for dp in (1, 2, 4, 8) for ep in (1, 2, 4, 8) if max(dp, ep) <= tp]
+MOE = {"num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
+
+
+class Joined(SingleRankCommunicator):
+    """A group that was never met, and the ranks that it was to join."""
+
+    def __init__(self, name: str, members: tuple[int, ...], rank: int, device: torch.device) -> None:
+        super().__init__(name, device)
+        self.members, self.rank, self.world_size = members, members.index(rank), len(members)
+
+
+def join_on_cpu(meeting: parallel_state._Meeting, name: str, members: range) -> Joined:
+    return Joined(name, tuple(members), meeting.rank, torch.device("cpu"))
+
+
+def join_on_gpu(bootstrap: Joined, name: str, timeout_s: float, device: torch.device) -> Joined:
+    """As `PyNcclCommunicator`, which has rank and size of the group that brings NCCL's id to its ranks."""
+    return Joined(name, bootstrap.members, bootstrap.members[bootstrap.rank], device)
+
+
+@pytest.fixture
+def states(tmp_path):
+    """The states of all ranks under a split."""
+
+    def initialize(tp: int, dp: int, ep: int, model: dict | None = None, device: str = "cpu", **args: object):
+        name = "Qwen3ForCausalLM" if model == {} else "Qwen3MoeForCausalLM"
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+        content = {**COMMON, **heads, **(MOE if model is None else model), "architectures": [name]}
+        (tmp_path / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 1e-6}))
+        sizes = {"tp_size": tp, "dp_size": dp, "ep_size": ep, "enable_dp_attention": True}
+        config = replace(engine_config(tmp_path, **sizes, **args), device=device, num_gpus=2)
+        with (
+            mock.patch.object(parallel_state._Meeting, "_join_on_cpu", join_on_cpu),
+            mock.patch.object(pynccl, "PyNcclCommunicator", join_on_gpu),
+            mock.patch.object(torch.cuda, "set_device"),
+        ):
+            return [initialize_parallel(config, rank, tmp_path) for rank in range(tp)]
+
+    return initialize
+
+
+def members(group: Communicator, rank: int) -> tuple[int, ...]:
+    return group.members if isinstance(group, Joined) else (rank,)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("tp", "dp", "ep"), SPLITS)
+def test_groups_are_of_neighbours_and_cross_each_other(states, tp, dp, ep, device):
+    attn_tp = tp // dp
+    for rank, state in enumerate(states(tp, dp, ep, device=device)):
+        first = rank // attn_tp * attn_tp
+        assert members(state.tp_group, rank) == tuple(range(tp))
+        assert members(state.attn_tp_group, rank) == tuple(range(first, first + attn_tp))
+        assert members(state.dp_group, rank) == tuple(range(rank % attn_tp, tp, attn_tp))
+        assert state.dp_group.rank == rank // attn_tp
+        assert state.device.type == device and state.cpu_group.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_groups_of_the_same_ranks_are_one(states, device):
+    """Each takes memory, and on a GPU channels that its neighbours need."""
+    for state in states(4, 4, 4, device=device):
+        assert state.tp_group is state.dp_group and state.attn_tp_group is state.dense_tp_group
+    for state in states(4, 1, 4, device=device):
+        assert state.tp_group is state.attn_tp_group is state.dense_tp_group
+
+
+@pytest.mark.parametrize(("tp", "dp", "ep"), SPLITS)
+def test_every_part_of_every_expert_is_on_one_rank(states, tp, dp, ep):
+    held: Counter[tuple[int, int]] = Counter()
+    for state in states(tp, dp, ep):
+        assert state.moe_tp_size == tp // ep
+        held.update((expert, state.moe_tp_rank) for expert in state.local_experts(24))
+    assert held == Counter((expert, part) for expert in range(24) for part in range(tp // ep))
+
+
+def test_attention_groups_of_a_dense_model_never_meet(states):
+    dense: list[ParallelState] = states(4, 2, 1, model={})
+    for rank, state in enumerate(dense):
+        assert state.tp_group is state.attn_tp_group and state.dp_group.world_size == 1
+        assert members(state.cpu_group, rank) == members(state.attn_tp_group, rank)
+
+
+def test_dense_layers_are_split_inside_the_attention_group_or_not_at_all(states):
+    for state in states(4, 2, 2):
+        assert state.dense_tp_group is state.attn_tp_group
+    for state in states(4, 2, 2, moe_dense_tp_size=1):
+        assert state.dense_tp_group.world_size == 1 and state.attn_tp_group.world_size == 2
