@@ -112,7 +112,7 @@ def test_a_linear_of_no_rows_gives_no_rows(qkv):
 
 def test_a_linear_whose_input_is_not_made_of_blocks_is_refused():
     parts = [("o_proj", Shard.whole(64))]
-    with pytest.raises(ConfigError, match=r"multiple of 16 values.* 0 to 39 of 40"):
+    with pytest.raises(ConfigError, match="multiple of 16 values, got 40"):
         ModelOptNvFp4Linear(KERNELS, Shard.whole(40), parts, False, torch.float32)
 
 

@@ -69,17 +69,12 @@ def resolve_parallel(args: ServerArgs, model: ModelConfig, quantization: Quantiz
             f"--dp-size {dp} must divide --tp-size {tp}, the ranks of all its attention groups; "
             f"possible sizes: {_divisors(tp)}"
         )
-    _check_heads(tp // dp, model)
-    _check_experts(args, model, quantization)
-    if args.moe_dense_tp_size not in (None, 1):
-        raise ConfigError(
-            f"--moe-dense-tp-size {args.moe_dense_tp_size} is not supported: dense layers are split over the ranks of "
-            "an attention group, or with 1 not at all"
-        )
-    if args.moe_dense_tp_size is not None and model.moe is None:
-        raise ConfigError(f"--moe-dense-tp-size: {model.architecture} has no experts; leave it out")
     if args.enable_dp_lm_head and not args.enable_dp_attention:
         raise ConfigError("--enable-dp-lm-head needs --enable-dp-attention")
+    unit = 1 if quantization is None else NVFP4_GROUP_SIZE
+    _check_heads(tp // dp, model)
+    _check_dense_layers(args, model, unit)
+    _check_experts(args, model, unit)
     # The matrix of the embedding is split like the embedding, and groups of a dense model have no other reason to meet.
     dp_lm_head = args.enable_dp_lm_head or dp == 1 or model.tie_word_embeddings or model.moe is None
     return ParallelConfig(tp, dp, args.ep_size, args.enable_dp_attention, dp_lm_head, model.moe is not None)
@@ -95,28 +90,48 @@ def _check_heads(attn_tp: int, model: ModelConfig) -> None:
         )
 
 
-def _check_experts(args: ServerArgs, model: ModelConfig, quantization: QuantizationConfig | None) -> None:
+def _check_dense_layers(args: ServerArgs, model: ModelConfig, unit: int) -> None:
+    """`unit`: widths are cut at multiples of it."""
+    ranks, moe = args.tp_size // args.dp_size, model.moe
+    if args.moe_dense_tp_size is not None:
+        if moe is None:
+            raise ConfigError(f"--moe-dense-tp-size: {model.architecture} has no experts; leave it out")
+        if args.moe_dense_tp_size != 1:
+            raise ConfigError(
+                f"--moe-dense-tp-size {args.moe_dense_tp_size} is not supported: dense layers are split over the "
+                f"{ranks} ranks of an attention group, or with 1 not at all"
+            )
+        ranks = 1
+    has_dense_layers = moe is None or not all(map(moe.is_moe_layer, range(model.num_layers)))
+    if has_dense_layers and ranks > 1 and ranks > model.intermediate_size // unit:
+        way_out = "raise --dp-size" + (" or set --moe-dense-tp-size 1" if moe else "")
+        raise ConfigError(
+            f"dense layers of width {model.intermediate_size}, cut at multiples of {unit}, can't be split over the "
+            f"{ranks} ranks of an attention group (--tp-size divided by --dp-size); {way_out}"
+        )
+
+
+def _check_experts(args: ServerArgs, model: ModelConfig, unit: int) -> None:
     tp, ep, moe = args.tp_size, args.ep_size, model.moe
     if moe is None:
         if ep != 1:
             raise ConfigError(f"--ep-size {ep}: {model.architecture} has no experts to split; leave it out")
         return
+    most_ranks = max(1, moe.intermediate_size // unit)  # that share an expert
+    reason = None
     if tp % ep:
-        raise ConfigError(
-            f"--ep-size {ep} must divide --tp-size {tp}, the ranks of all expert groups; "
-            f"possible sizes: {_divisors(tp)}"
+        reason = f"must divide --tp-size {tp}, the ranks of all expert groups"
+    elif moe.num_experts % ep:
+        reason = f"must divide the {moe.num_experts} experts"
+    elif tp // ep > most_ranks:
+        reason = (
+            f"with --tp-size {tp} splits an expert of width {moe.intermediate_size} over {tp // ep} ranks, and it can "
+            f"only be cut at multiples of {unit}"
         )
-    if moe.num_experts % ep:
-        raise ConfigError(
-            f"--ep-size {ep} must divide the {moe.num_experts} experts; possible sizes: {_divisors(moe.num_experts)}"
-        )
-    unit = 1 if quantization is None else NVFP4_GROUP_SIZE
-    if tp // ep > moe.intermediate_size // unit:
-        raise ConfigError(
-            f"--ep-size {ep} with --tp-size {tp} splits the width of an expert over {tp // ep} ranks, but "
-            f"{moe.intermediate_size} values can only be cut at multiples of {unit}; set --ep-size {tp}, or at least "
-            f"{-(-tp * unit // moe.intermediate_size)}"
-        )
+    if reason is not None:
+        possible = [size for size in _divisors(tp) if moe.num_experts % size == 0 and tp // size <= most_ranks]
+        advice = f"possible sizes: {possible}" if possible else "no size will do; choose another --tp-size"
+        raise ConfigError(f"--ep-size {ep} {reason}; {advice}")
 
 
 def _divisors(number: int) -> list[int]:

@@ -240,7 +240,7 @@ class AsyncEngine:
         if len(self._requests) >= limit:
             raise OverloadedError(
                 f"{len(self._requests)} requests run or wait, the limit is {limit} "
-                "(--max-running-requests on every rank and --max-queued-requests)"
+                "(--max-running-requests of every attention group and --max-queued-requests)"
             )
 
     def _forget(self, state: RequestState) -> None:

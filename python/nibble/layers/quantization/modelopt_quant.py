@@ -29,11 +29,12 @@ class Nvfp4Weight:
     """
 
     def __init__(self, rows: Shard, columns: Shard) -> None:
-        if columns.full % BLOCK_SIZE or columns.start % BLOCK_SIZE or columns.size % BLOCK_SIZE:
-            end = columns.start + columns.size
+        if columns.full % BLOCK_SIZE:
+            raise ConfigError(f"NVFP4 needs rows of a multiple of {BLOCK_SIZE} values, got {columns.full}")
+        if columns.start % BLOCK_SIZE or columns.size % BLOCK_SIZE:
             raise ConfigError(
-                f"NVFP4 needs rows of a multiple of {BLOCK_SIZE} values, which are one block; a rank would have the "
-                f"values {columns.start} to {end - 1} of {columns.full}"
+                f"NVFP4 weights can't be cut inside a block of {BLOCK_SIZE} values, and a rank would have the values "
+                f"{columns.start} to {columns.start + columns.size - 1} of {columns.full}; split over fewer ranks"
             )
         self.rows, self.columns = rows, columns
         self.values = torch.empty(rows.size, columns.size // 2, dtype=torch.uint8)  # [N, K/2]
