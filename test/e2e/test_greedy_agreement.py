@@ -1,6 +1,6 @@
 """The demo model through the server: the FP4 gather changes nothing, nor does the number of ranks, but for near ties.
 
-200 held-out questions are asked greedily of servers with 1 to 4 ranks, and of one that gathers unquantized rows.
+200 held-out questions are asked greedily of servers with 1 to 4 ranks, and of some that gather unquantized rows.
 """
 
 import sys
@@ -53,8 +53,7 @@ def ask(tmp_path_factory):
                 top_logprobs_num=2,
                 data_parallel_rank=pinned_rank,
             )
-        off = "--disable-flashinfer-cutlass-moe-fp4-allgather" in flags
-        assert f"FP4 all-gather is {'off' if off else 'on'}" in log.read_text()
+        assert f"FP4 all-gather is {'off' if flags else 'on'}" in log.read_text()
         return Answers(outputs)
 
     return run
@@ -72,6 +71,11 @@ def test_any_number_of_ranks_gives_the_text_of_one_but_for_near_ties(ask, ranks)
     one, many = ask(1), ask(ranks)
     assert many.ranks == set(range(ranks)), "every rank served requests"
     assert_same_but_for_near_ties(one, many)
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(2, ("--dp", "1", "--ep", "1")), (4, ("--dp", "2", "--ep", "2"))])
+def test_layers_split_over_ranks_give_the_text_of_one_but_for_near_ties(ask, ranks, flags):
+    assert_same_but_for_near_ties(ask(1), ask(ranks, *flags))
 
 
 def test_a_burst_pinned_to_one_rank_is_served_while_the_other_has_no_request_at_all(ask):
