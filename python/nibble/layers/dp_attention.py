@@ -37,10 +37,14 @@ def cheapest_padding_mode(global_num_tokens: Sequence[int], attn_tp_size: int) -
     pass, and gathers L in the group.
     """
     groups, total = len(global_num_tokens), sum(global_num_tokens)
-    longest = -(-max(global_num_tokens) // attn_tp_size) * attn_tp_size
-    if attn_tp_size > 1 and (2 * groups + 1) * longest < 3 * total:
+    if attn_tp_size > 1 and (2 * groups + 1) * _longest(global_num_tokens, attn_tp_size) < 3 * total:
         return DpPaddingMode.MAX_LEN
     return DpPaddingMode.SUM_LEN
+
+
+def _longest(global_num_tokens: Sequence[int], attn_tp_size: int) -> int:
+    """Rows of the largest group, rounded up until its ranks can own equally many."""
+    return -(-max(global_num_tokens) // attn_tp_size) * attn_tp_size
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class DpStep:
         """The rows of every group in a gathered tensor, with padding."""
         if self.padding_mode is DpPaddingMode.SUM_LEN:
             return self.global_num_tokens
-        share = -(-max(self.global_num_tokens) // self.parallel.attn_tp_group.world_size)
-        return (share * self.parallel.attn_tp_group.world_size,) * len(self.global_num_tokens)
+        longest = _longest(self.global_num_tokens, self.parallel.attn_tp_group.world_size)
+        return (longest,) * len(self.global_num_tokens)
 
 
 _current: DpStep | None = None
@@ -101,8 +105,7 @@ def get_dp_global_num_tokens() -> tuple[int, ...]:
 
 def get_dp_local_num_tokens() -> int:
     """Rows of this rank's attention group in this step."""
-    step = _step()
-    return step.global_num_tokens[step.parallel.dp_group.rank]
+    return get_dp_global_num_tokens()[get_dp_rank()]
 
 
 def get_dp_padding_mode() -> DpPaddingMode:
@@ -125,8 +128,7 @@ def get_dp_size() -> int:
 
 def dp_pad(x: torch.Tensor, value: float = 0) -> torch.Tensor:
     """`[T, ...]` with as many rows as this step's padding mode gathers of a group; those added hold `value`."""
-    step = _step()
-    missing = step.gathered_sizes[step.parallel.dp_group.rank] - x.shape[0]
+    missing = _step().gathered_sizes[get_dp_rank()] - x.shape[0]
     return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, missing), value=value) if missing else x
 
 
@@ -141,14 +143,13 @@ def dp_reduce_scatter(partial: torch.Tensor) -> torch.Tensor:
 
     The one place where the experts' results are summed, over expert groups and over parts of an expert's width.
     """
-    step = _step()
-    tp_group, attn_tp_group, dp_rank = step.parallel.tp_group, step.parallel.attn_tp_group, get_dp_rank()
-    if step.padding_mode is DpPaddingMode.MAX_LEN:
-        share = tp_group.reduce_scatter(partial)  # [S / (D * A), ...], each rank owns some rows of its group
-        return attn_tp_group.all_gather(share)[: get_dp_local_num_tokens()]
-    if attn_tp_group.world_size == 1:
-        return tp_group.reduce_scatterv(partial, step.global_num_tokens)
-    return tp_group.all_reduce(partial).split(step.global_num_tokens)[dp_rank]
+    parallel = _step().parallel
+    if get_dp_padding_mode() is DpPaddingMode.MAX_LEN:
+        share = parallel.tp_group.reduce_scatter(partial)  # [S / (D * A), ...], every rank owns some rows of its group
+        return parallel.attn_tp_group.all_gather(share)[: get_dp_local_num_tokens()]
+    if parallel.attn_tp_group.world_size == 1:
+        return parallel.tp_group.reduce_scatterv(partial, get_dp_global_num_tokens())
+    return parallel.tp_group.all_reduce(partial).split(get_dp_global_num_tokens())[get_dp_rank()]
 
 
 def dp_gather_logit_rows(hidden: torch.Tensor) -> torch.Tensor:
@@ -159,5 +160,4 @@ def dp_gather_logit_rows(hidden: torch.Tensor) -> torch.Tensor:
 
 def dp_own_logit_rows(logits: torch.Tensor) -> torch.Tensor:
     """This group's rows of what was computed for those of all groups."""
-    step = _step()
-    return logits.split(step.global_num_logit_rows)[step.parallel.dp_group.rank]
+    return logits.split(_step().global_num_logit_rows)[get_dp_rank()]

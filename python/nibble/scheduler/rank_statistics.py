@@ -72,8 +72,8 @@ class RankStatistics:
         self._dp_sync_seconds += sync_seconds
         if not sync.runs:
             return
-        sizes = sync.global_num_tokens
-        rows, peers = sizes[self._rank], len(sizes) - 1
+        sizes = sync.global_num_tokens  # of this rank alone where attention groups never meet
+        rows, peers = sum(entry.num_tokens for entry in step), len(sizes) - 1
         self._num_rows += rows
         self._steps_by_rows[row_bucket(rows)] += 1
         self._dispatched_bytes += rows * peers * self._traffic.dispatch
