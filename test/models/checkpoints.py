@@ -7,7 +7,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from nibble.kernels.torch.nvfp4 import quantize_nvfp4_weight
 
@@ -24,6 +35,36 @@ COMMON = {
 }
 
 
+DEEPSEEK = {
+    **{name: value for name, value in COMMON.items() if name != "head_dim"},
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 48,
+    "n_routed_experts": 12,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
+
+
 def save_qwen3(folder: Path, **overrides: object) -> Qwen3ForCausalLM:
     torch.manual_seed(1)
     model = Qwen3ForCausalLM(Qwen3Config(**{**COMMON, "tie_word_embeddings": False, **overrides}))
@@ -35,6 +76,28 @@ def save_qwen3_moe(folder: Path, **overrides: object) -> Qwen3MoeForCausalLM:
     moe = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}
     config = Qwen3MoeConfig(**{**COMMON, "tie_word_embeddings": True, **moe, **overrides})
     return _save(Qwen3MoeForCausalLM(config), folder)
+
+
+def save_deepseek_v3(folder: Path, **overrides: object) -> DeepseekV3ForCausalLM:
+    return _save_deepseek(DeepseekV3ForCausalLM, DeepseekV3Config, folder, overrides)
+
+
+def save_deepseek_v2(folder: Path, **overrides: object) -> DeepseekV2ForCausalLM:
+    return _save_deepseek(DeepseekV2ForCausalLM, DeepseekV2Config, folder, overrides)
+
+
+def _save_deepseek(
+    model_class: type[PreTrainedModel], config_class: type[PretrainedConfig], folder: Path, overrides: dict[str, object]
+) -> torch.nn.Module:
+    torch.manual_seed(4)
+    model = model_class(config_class(**{**DEEPSEEK, "tie_word_embeddings": False, **overrides}))
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("gate.weight"):
+                parameter.normal_(std=0.3)
+            elif name.endswith("e_score_correction_bias"):  # large enough to change choices
+                parameter.normal_(std=0.3)
+    return _save(model, folder)
 
 
 def _save(model: torch.nn.Module, folder: Path) -> torch.nn.Module:

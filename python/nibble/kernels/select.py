@@ -23,6 +23,7 @@ class Kernels:
     silu_and_mul: Callable[[Tensor], Tensor]
     qk_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     topk_softmax: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
+    grouped_topk: Callable[[Tensor, Tensor | None, int, int, int, bool, float], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     argmax: Callable[[Tensor], Tensor]
     quantize_pack: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -54,7 +55,7 @@ def _torch_kernels() -> Kernels:
     from nibble.kernels.torch.norm import add_rms_norm, qk_norm_rope, rms_norm
     from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
     from nibble.kernels.torch.sampling import argmax
-    from nibble.kernels.torch.topk import topk_softmax
+    from nibble.kernels.torch.topk import grouped_topk, topk_softmax
     from nibble.kernels.torch.wire_row import quantize_pack
 
     return Kernels(
@@ -63,6 +64,7 @@ def _torch_kernels() -> Kernels:
         silu_and_mul=silu_and_mul,
         qk_norm_rope=qk_norm_rope,
         topk_softmax=topk_softmax,
+        grouped_topk=grouped_topk,
         linear=linear,
         argmax=argmax,
         quantize_pack=quantize_pack,
@@ -78,6 +80,7 @@ def _c_kernels() -> Kernels:
     from nibble.kernels.cpu.sampling import argmax
     from nibble.kernels.cpu.topk import topk_softmax
     from nibble.kernels.torch.activation import silu_and_mul
+    from nibble.kernels.torch.topk import grouped_topk
 
     return Kernels(
         rms_norm=rms_norm,
@@ -85,6 +88,7 @@ def _c_kernels() -> Kernels:
         silu_and_mul=silu_and_mul,
         qk_norm_rope=qk_norm_rope,
         topk_softmax=topk_softmax,
+        grouped_topk=grouped_topk,
         linear=linear,
         argmax=argmax,
         quantize_pack=quantize_pack,

@@ -12,9 +12,10 @@ from nibble.utils.dtypes import torch_dtype
 class RMSNorm:
     """Over the last dimension, of `size`; see `kernels.torch.norm.rms_norm`."""
 
-    def __init__(self, config: EngineConfig, size: int) -> None:
+    def __init__(self, config: EngineConfig, size: int, eps: float | None = None) -> None:
+        """`eps` None: the checkpoint's `rms_norm_eps`."""
         self.weight = torch.empty(size, dtype=torch_dtype(config.dtype))
-        self.eps = config.model.rms_norm_eps
+        self.eps = config.model.rms_norm_eps if eps is None else eps
         self.kernels = select_kernels(config.kernels, config.moe_kernel)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ _LISTED = 20
 
 
 def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.device, show_progress: bool) -> None:
-    """Every tensor of the checkpoint must be known to the model, on `device`, and every weight of the model filled.
+    """Every weight of the model, on `device`, must be filled, and every tensor of the checkpoint known to the model or
+    under one of its `unused_prefixes`.
 
     Files are memory-mapped and only what this rank needs is read. Raises ConfigError listing the names.
     """
@@ -26,7 +27,7 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
     if load_format == "dummy":
         _fill_with_random(targets)
     else:
-        _load_safetensors(targets, folder, show_progress)
+        _load_safetensors(targets, model.unused_prefixes, folder, show_progress)
     with device:
         for _, layer in model.layers():
             process = getattr(layer, "process_weights_after_loading", None)
@@ -48,7 +49,7 @@ def _fill_with_random(targets: Targets) -> None:
             target.load(target.dummy(torch.Generator().manual_seed(zlib.crc32(name.encode()))))
 
 
-def _load_safetensors(targets: Targets, folder: Path, show_progress: bool) -> None:
+def _load_safetensors(targets: Targets, unused_prefixes: tuple[str, ...], folder: Path, show_progress: bool) -> None:
     found: dict[str, list[str]] = {}  # the files that hold each tensor
     for path in tqdm(_weight_files(folder), desc="Loading weights", unit="file", disable=not show_progress):
         try:
@@ -63,7 +64,9 @@ def _load_safetensors(targets: Targets, folder: Path, show_progress: bool) -> No
         "weights of the model are not in the checkpoint": [
             name for name, target in targets.items() if target is not None and name not in found
         ],
-        "tensors of the checkpoint fit nothing in the model": [name for name in found if name not in targets],
+        "tensors of the checkpoint fit nothing in the model": [
+            name for name in found if name not in targets and not name.startswith(unused_prefixes)
+        ],
         "tensors are in more than one file": [
             f"{name} (in {' and '.join(files)})" for name, files in found.items() if len(files) > 1
         ],

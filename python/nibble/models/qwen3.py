@@ -52,6 +52,14 @@ class Qwen3Attention:
         yield f"{prefix}.k_norm", self.k_norm
 
 
+class Attention(Protocol):
+    """What begins a decoder layer: `x [T, H]` at `positions [T]` to `[T, H]`."""
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> Summand: ...
+
+    def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]: ...
+
+
 class FeedForward(Protocol):
     """What follows attention in a decoder layer: `[T, H] -> [T, H]`, with T 0 on an idle rank."""
 
@@ -63,10 +71,10 @@ class FeedForward(Protocol):
 class Qwen3MLP:
     """Split in width over `group`."""
 
-    def __init__(self, config: EngineConfig, group: Communicator, prefix: str) -> None:
-        hidden, width = config.model.hidden_size, split_width(config, config.model.intermediate_size, group)
-        self.gate_up_proj = make_linear(config, prefix, hidden, [("gate_proj", width), ("up_proj", width)])
-        self.down_proj = RowParallelLinear(config, group, prefix, width, ("down_proj", hidden))
+    def __init__(self, config: EngineConfig, group: Communicator, prefix: str, width: int) -> None:
+        hidden, shard = config.model.hidden_size, split_width(config, width, group)
+        self.gate_up_proj = make_linear(config, prefix, hidden, [("gate_proj", shard), ("up_proj", shard)])
+        self.down_proj = RowParallelLinear(config, group, prefix, shard, ("down_proj", hidden))
         self.silu_and_mul = select_kernels(config.kernels, config.moe_kernel).silu_and_mul
 
     def __call__(self, x: torch.Tensor) -> Summand:
@@ -81,13 +89,18 @@ class Qwen3DecoderLayer:
     def __init__(self, config: EngineConfig, parallel: ParallelState, layer: int, rotary: RotaryEmbedding) -> None:
         hidden_size = config.model.hidden_size
         self.prefix = f"model.layers.{layer}"
-        self.self_attn = Qwen3Attention(config, parallel, f"{self.prefix}.self_attn", layer, rotary)
+        self.self_attn = self.make_attention(config, parallel, f"{self.prefix}.self_attn", layer, rotary)
         self.mlp = self.make_mlp(config, parallel, f"{self.prefix}.mlp", layer)
         self.input_layernorm = RMSNorm(config, hidden_size)
         self.post_attention_layernorm = RMSNorm(config, hidden_size)
 
+    def make_attention(
+        self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int, rotary: RotaryEmbedding
+    ) -> Attention:
+        return Qwen3Attention(config, parallel, prefix, layer, rotary)
+
     def make_mlp(self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int) -> FeedForward:
-        return Qwen3MLP(config, parallel.attn_tp_group, prefix)
+        return Qwen3MLP(config, parallel.dense_tp_group, prefix, config.model.intermediate_size)
 
     def __call__(
         self,
@@ -118,6 +131,7 @@ class Qwen3DecoderLayer:
 
 class Qwen3ForCausalLM:
     decoder_layer = Qwen3DecoderLayer
+    unused_prefixes: tuple[str, ...] = ()
 
     def __init__(self, config: EngineConfig, parallel: ParallelState) -> None:
         model = config.model

@@ -9,7 +9,7 @@ from nibble.distributed.parallel_state import ParallelState
 from nibble.layers.linear import make_linear
 from nibble.layers.moe.fused_moe import FusedMoE
 from nibble.layers.weights import Layer
-from nibble.models.qwen3 import FeedForward, Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3MLP
+from nibble.models.qwen3 import FeedForward, Qwen3DecoderLayer, Qwen3ForCausalLM
 
 
 class Qwen3MoeSparseMoeBlock:
@@ -35,7 +35,7 @@ class Qwen3MoeDecoderLayer(Qwen3DecoderLayer):
         assert moe is not None
         if moe.is_moe_layer(layer):
             return Qwen3MoeSparseMoeBlock(config, parallel, prefix)
-        return Qwen3MLP(config, parallel.dense_tp_group, prefix)
+        return super().make_mlp(config, parallel, prefix, layer)
 
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):

@@ -15,12 +15,17 @@ from nibble.utils.errors import ConfigError
 ARCHITECTURES = {
     "Qwen3ForCausalLM": "nibble.models.qwen3",
     "Qwen3MoeForCausalLM": "nibble.models.qwen3_moe",
+    "DeepseekV2ForCausalLM": "nibble.models.deepseek_v3",
+    "DeepseekV3ForCausalLM": "nibble.models.deepseek_v3",
 }
 """The module that defines each architecture's class."""
 
 
 class CausalLM(Protocol):
     """What the model runner needs of a model."""
+
+    unused_prefixes: tuple[str, ...]
+    """Names in a checkpoint that begin so are of parts that are not run."""
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep | None

@@ -89,10 +89,9 @@ static void find_rows(const int64_t *pages, int64_t length, int64_t page_size, i
 
 /* scores[h][t] = q[h] . key of token t * scale, for `count` (1 or 2, a constant) heads that share their keys; `room`,
  * a multiple of LANES, is what each head has. All LANES sums are reduced together: LANES / count tokens of each head. */
-INLINE void scores_of(const float *q, Head keys, int64_t length, int64_t size, const int itemsize, const int count,
-                      float *scores, int64_t room) {
+INLINE void scores_of(const float *q, Head keys, int64_t length, int64_t size, float scale, const int itemsize,
+                      const int count, float *scores, int64_t room) {
     const int tokens = LANES / count;
-    const float scale = 1 / sqrtf((float)size);
     for (int64_t t = 0; t < length; t += tokens) {
         const char *rows[LANES];
         floats totals[LANES] = {{0}};
@@ -141,21 +140,23 @@ INLINE void weighted_part(const float *weights, int64_t room, Head values, int64
 }
 
 /* One query of `count` heads that share keys and values. Scratch: `count` times `room` scores. */
-INLINE void attend(const float *q, Head keys, Head values, int64_t length, int64_t size, const int itemsize,
-                   const int count, float *scores, int64_t room, float *out) {
-    scores_of(q, keys, length, size, itemsize, count, scores, room);
+INLINE void attend(const float *q, Head keys, Head values, int64_t length, int64_t size, int64_t value_size,
+                   float scale, const int itemsize, const int count, float *scores, int64_t room, float *out) {
+    scores_of(q, keys, length, size, scale, itemsize, count, scores, room);
     for (int h = 0; h < count; h++) softmax(scores + h * room, length);
     int64_t d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES)
-        weighted_part(scores, room, values, length, d, size, 4, itemsize, count, out);
-    for (; d < size; d += LANES) weighted_part(scores, room, values, length, d, size, 1, itemsize, count, out);
+    for (; d + 4 * LANES <= value_size; d += 4 * LANES)
+        weighted_part(scores, room, values, length, d, value_size, 4, itemsize, count, out);
+    for (; d < value_size; d += LANES)
+        weighted_part(scores, room, values, length, d, value_size, 1, itemsize, count, out);
 }
 
-/* One query a sequence: q and out [B, N, D], caches [pages, page_size, kv_heads, D] of `itemsize` bytes an element,
- * page_tables [B, P] int64, seq_lens [B] int64. */
+/* One query a sequence: q [B, N, D], out [B, N, V], keys [pages, page_size, kv_heads, D] of `itemsize` bytes an
+ * element, page_tables [B, P] int64, seq_lens [B] int64. Rows of values lie as far apart as those of keys, and have
+ * V <= D elements, both multiples of LANES; with one head they may lie in the keys. */
 void decode_attention(const float *q, const char *keys, const char *values, const int64_t *page_tables,
                       int64_t pages, const int64_t *seq_lens, int64_t batch, int64_t heads, int64_t kv_heads,
-                      int64_t size, int64_t page_size, int64_t itemsize, float *out) {
+                      int64_t size, int64_t value_size, float scale, int64_t page_size, int64_t itemsize, float *out) {
     const int64_t group = heads / kv_heads, room = round_up(pages * page_size);
     int64_t *offsets = malloc(room * sizeof *offsets);
     const int count = group % 2 == 0 ? 2 : 1;
@@ -163,17 +164,17 @@ void decode_attention(const float *q, const char *keys, const char *values, cons
     for (int64_t b = 0; b < batch; b++, page_tables += pages) {
         const int64_t length = seq_lens[b];
         find_rows(page_tables, length, page_size, kv_heads * size * itemsize, offsets);
-        for (int64_t head = 0; head < heads; head += count, q += count * size, out += count * size) {
+        for (int64_t head = 0; head < heads; head += count, q += count * size, out += count * value_size) {
             const int64_t first = head / group * size * itemsize;
             const Head k = {keys + first, offsets}, v = {values + first, offsets};
             if (itemsize == 2 && count == 2)
-                attend(q, k, v, length, size, 2, 2, scores, room, out);
+                attend(q, k, v, length, size, value_size, scale, 2, 2, scores, room, out);
             else if (itemsize == 2)
-                attend(q, k, v, length, size, 2, 1, scores, room, out);
+                attend(q, k, v, length, size, value_size, scale, 2, 1, scores, room, out);
             else if (count == 2)
-                attend(q, k, v, length, size, 4, 2, scores, room, out);
+                attend(q, k, v, length, size, value_size, scale, 4, 2, scores, room, out);
             else
-                attend(q, k, v, length, size, 4, 1, scores, room, out);
+                attend(q, k, v, length, size, value_size, scale, 4, 1, scores, room, out);
         }
     }
     free(offsets), free(scores);

@@ -22,7 +22,7 @@ _SIGNATURES = {
     "add_rms_norm": [_ADDRESS] * 2 + [_INT] * 2 + [_ADDRESS, _FLOAT] + [_ADDRESS] * 2,
     "qk_norm_rope": [_ADDRESS] * 2 + [_INT] * 5 + [_ADDRESS] * 2 + [_FLOAT] + [_ADDRESS] * 5,
     "store_kv": [_ADDRESS, _INT, _ADDRESS] + [_INT] * 3 + [_ADDRESS] * 3 + [_INT],
-    "decode_attention": [_ADDRESS] * 4 + [_INT, _ADDRESS] + [_INT] * 6 + [_ADDRESS],
+    "decode_attention": [_ADDRESS] * 4 + [_INT, _ADDRESS] + [_INT] * 5 + [_FLOAT] + [_INT] * 2 + [_ADDRESS],
     "linear": [_ADDRESS] + [_INT] * 2 + [_ADDRESS, _INT, _ADDRESS],
     "argmax": [_ADDRESS] + [_INT] * 2 + [_ADDRESS],
     "topk_softmax": [_ADDRESS] + [_INT] * 3 + [ctypes.c_int] + [_ADDRESS] * 2,

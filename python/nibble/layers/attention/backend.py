@@ -32,7 +32,12 @@ class AttentionStep(Protocol):
     """Attention of one step, planned once and run by every layer."""
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores k and v `[T, kv_heads, D]` in the cache; returns `[T, heads * D]` for q `[T, heads, D]`."""
+        """Stores k `[T, kv_heads, D]` and v `[T, kv_heads, V]` in the cache; returns `[T, heads * V]` for q
+        `[T, heads, D]`.
+
+        D and V are equal but for MLA: one key head, and values that are the first V elements of the keys. All products
+        of queries and keys are multiplied by the model's `softmax_scale`.
+        """
         ...
 
 

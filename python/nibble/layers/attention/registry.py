@@ -15,8 +15,8 @@ def create_attention_backend(config: EngineConfig, pool: KvCachePool) -> Attenti
         case "c":
             from nibble.layers.attention.cpu_backend import CpuAttentionBackend
 
-            return CpuAttentionBackend(pool)
+            return CpuAttentionBackend(pool, config.model.softmax_scale)
         case _:
             from nibble.layers.attention.torch_backend import TorchAttentionBackend
 
-            return TorchAttentionBackend(pool)
+            return TorchAttentionBackend(pool, config.model.softmax_scale)

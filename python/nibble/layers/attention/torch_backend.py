@@ -31,8 +31,8 @@ class SequenceGroup:
 class TorchAttentionBackend:
     """Gathers each sequence's pages and calls scaled_dot_product_attention."""
 
-    def __init__(self, pool: KvCachePool) -> None:
-        self.pool = pool
+    def __init__(self, pool: KvCachePool, softmax_scale: float) -> None:
+        self.pool, self.softmax_scale = pool, softmax_scale
 
     def plan(self, batch: AttentionBatch) -> "TorchAttentionStep":
         return TorchAttentionStep(self, *self.plan_groups(batch))
@@ -68,7 +68,7 @@ class TorchAttentionBackend:
 
 class TorchAttentionStep:
     def __init__(self, backend: TorchAttentionBackend, slots: torch.Tensor, groups: list[SequenceGroup]) -> None:
-        self.pool = backend.pool
+        self.pool, self.softmax_scale = backend.pool, backend.softmax_scale
         self.slots = slots
         self.groups = groups
 
@@ -86,7 +86,7 @@ class TorchAttentionStep:
         keys, values = (
             cache[layer].index_select(0, group.pages.flatten()).unflatten(0, group.pages.shape).to(q.dtype)
             for cache in (self.pool.keys, self.pool.values)
-        )  # [B, P, page_size, kv_heads, D]
+        )  # [B, P, page_size, kv_heads, D], of values V
         _, pages, page_size, kv_heads, size = keys.shape
         # The heads that share a key head become queries of it: nothing is repeated.
         grouped = rows.view(sequences, queries, kv_heads, -1, size).permute(0, 2, 3, 1, 4)
@@ -95,6 +95,7 @@ class TorchAttentionStep:
             keys.flatten(1, 2).transpose(1, 2),  # [B, kv_heads, L, D]
             values.flatten(1, 2).transpose(1, 2),
             attn_mask=group.mask(pages * page_size, grouped.shape[2]),
+            scale=self.softmax_scale,
         )
-        out = out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4)  # [B, Q, kv_heads, G, D]
+        out = out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4)  # [B, Q, kv_heads, G, V]
         return out.reshape(sequences * queries, -1)

@@ -6,7 +6,6 @@ import torch
 
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.parallel_state import ParallelState
-from nibble.kernels.select import select_kernels
 from nibble.kernels.torch.wire_row import UnpackedRows
 from nibble.layers.dp_attention import mask_padding
 from nibble.layers.moe.token_dispatcher import (
@@ -15,6 +14,7 @@ from nibble.layers.moe.token_dispatcher import (
     GatheredRows,
     TokenDispatcher,
 )
+from nibble.layers.moe.topk import make_topk
 from nibble.layers.quantization.modelopt_quant import ModelOptNvFp4FusedMoEMethod
 from nibble.layers.quantization.unquant import PROJECTIONS, UnquantizedFusedMoEMethod
 from nibble.layers.weights import WeightTarget
@@ -35,15 +35,21 @@ class FusedMoEMethod(Protocol):
 class FusedMoE:
     """The experts of one layer: `x [T, H] -> [T, H]`, complete (summed over all ranks)."""
 
-    def __init__(self, config: EngineConfig, parallel: ParallelState, prefix: str) -> None:
-        moe = config.model.moe
-        assert moe is not None
-        self.top_k, self.renormalize = moe.top_k, moe.norm_topk_prob
-        self.topk_softmax = select_kernels(config.kernels, config.moe_kernel).topk_softmax
+    def __init__(
+        self,
+        config: EngineConfig,
+        parallel: ParallelState,
+        prefix: str,
+        correction_bias: torch.Tensor | None = None,
+    ) -> None:
+        """`correction_bias` as `make_topk` takes it."""
+        assert config.model.moe is not None
+        self.top_k = config.model.moe.top_k
+        self.topk = make_topk(config, correction_bias)
         self.method, self.dispatcher = _make_method(config, parallel, prefix)
 
     def __call__(self, x: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        topk_ids, topk_weights = self.topk_softmax(router_logits, self.top_k, self.renormalize)  # [T, K]
+        topk_ids, topk_weights = self.topk(router_logits)  # [T, K]
         rows = self.dispatcher.dispatch(x, mask_padding(topk_ids), topk_weights)  # [S, ...]
         partial = self.method.apply(rows)  # [S, H]
         return self.dispatcher.combine(partial)  # [T, H]

@@ -1,0 +1,46 @@
+"""DeepSeek-V3 and V2 give the logits of transformers in fp32, however prompts are batched and chunked."""
+
+import json
+
+import pytest
+import torch
+
+from checkpoints import YARN, edit_tensors, save_deepseek_v2, save_deepseek_v3
+from runners import all_logits, single_rank_runner
+
+PROMPTS = [[5, 17, 99], [1], list(range(3, 50)), [7] * 16, [100, 2, 100, 2, 50]]
+V3, V2 = save_deepseek_v3, save_deepseek_v2
+MODELS = {
+    "v3": (V3, {}),
+    "v3 without q_lora": (V3, {"q_lora_rank": None}),
+    "v3 with YaRN": (V3, {"rope_parameters": YARN}),
+    "v3 with YaRN, equal magnitudes": (V3, {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}}),
+    "v3 with YaRN without magnitudes": (V3, {"rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": None}}),
+    "v3 with half-split rotary": (V3, {"rope_interleave": False, "q_lora_rank": None}),
+    "v3 with one group": (V3, {"n_group": 1, "topk_group": 1}),
+    "v3 with one chosen group": (V3, {"n_group": 3, "topk_group": 1}),
+    "v3 without renormalized weights": (V3, {"norm_topk_prob": False, "routed_scaling_factor": 2.5}),
+    "v3 with attention bias": (V3, {"attention_bias": True}),
+    "v3 with two shared experts and no dense layer": (V3, {"n_shared_experts": 2, "first_k_dense_replace": 0}),
+    "v3 with tied embeddings and sizes that fill no vector": (
+        V3,
+        {"tie_word_embeddings": True, "kv_lora_rank": 20, "qk_rope_head_dim": 12},
+    ),
+    "v3 with another epsilon in the outer norms": (V3, {"rms_norm_eps": 1e-2}),
+    "v2": (V2, {"topk_method": "group_limited_greedy", "rope_parameters": YARN}),
+    "v2 lite": (V2, {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_with_transformers(name, tmp_path):
+    save, overrides = MODELS[name]
+    reference = save(tmp_path, **overrides)
+    runner = single_rank_runner(tmp_path, kv_cache_dtype="float32")
+    with torch.inference_mode():
+        expected = [reference(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
+    for chunk in (10**6, 7, 1):
+        for prompt, ours, theirs in zip(PROMPTS, all_logits(runner, PROMPTS, chunk), expected, strict=True):
+            torch.testing.assert_close(
+                ours, theirs, atol=1e-4, rtol=0, msg=lambda m, p=prompt, c=chunk: f"{p} in chunks of {c}: {m}"
+            )
