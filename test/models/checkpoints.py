@@ -93,9 +93,7 @@ def _save_deepseek(
     model = model_class(config_class(**{**DEEPSEEK, "tie_word_embeddings": False, **overrides}))
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("gate.weight"):
-                parameter.normal_(std=0.3)
-            elif name.endswith("e_score_correction_bias"):  # large enough to change choices
+            if name.endswith("gate.weight") or name.endswith("e_score_correction_bias"):
                 parameter.normal_(std=0.3)
     return _save(model, folder)
 

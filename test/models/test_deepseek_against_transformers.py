@@ -1,11 +1,9 @@
 """DeepSeek-V3 and V2 give the logits of transformers in fp32, however prompts are batched and chunked."""
 
-import json
-
 import pytest
 import torch
 
-from checkpoints import YARN, edit_tensors, save_deepseek_v2, save_deepseek_v3
+from checkpoints import YARN, save_deepseek_v2, save_deepseek_v3
 from runners import all_logits, single_rank_runner
 
 PROMPTS = [[5, 17, 99], [1], list(range(3, 50)), [7] * 16, [100, 2, 100, 2, 50]]

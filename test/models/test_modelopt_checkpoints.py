@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from checkpoints import edit_tensors, save_qwen3, save_qwen3_moe
+from checkpoints import YARN, edit_tensors, save_deepseek_v2, save_deepseek_v3, save_qwen3, save_qwen3_moe
 from nibble.config.quantization_config import QuantizationConfig, load_quantization_config
 from nibble.utils.errors import ConfigError
 from runners import all_logits, single_rank_runner
@@ -46,6 +46,13 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, object], Sequence[st
         ["*layers.0.*"],
     ),
     "qwen3-moe with unquantized experts": (save_qwen3_moe, {}, ["*mlp.experts*"]),
+    "deepseek-v3": (save_deepseek_v3, {"rope_parameters": YARN}, ()),
+    "deepseek-v2": (save_deepseek_v2, {"topk_method": "group_limited_greedy"}, ()),
+    "deepseek-v3 without q_lora, its attention unquantized": (
+        save_deepseek_v3,
+        {"q_lora_rank": None},
+        ["*self_attn*"],
+    ),
 }
 
 
@@ -170,17 +177,58 @@ def test_either_description_of_the_quantization_is_enough(exported, tmp_path):
     assert load_quantization_config(folder) == both
 
 
-@pytest.mark.parametrize(("name", "algorithm"), [("FP8_KV_CFG", "FP8"), ("NVFP4_KV_CFG", "NVFP4")])
-def test_a_quantized_kv_cache_is_refused_whichever_file_says_so(modelopt, tmp_path, name, algorithm):
+def test_an_nvfp4_kv_cache_is_refused_whichever_file_says_so(modelopt, tmp_path):
     model = save_qwen3(tmp_path / "source", num_hidden_layers=1)
-    kv_cache = getattr(modelopt.mtq, name)["quant_cfg"]
+    kv_cache = modelopt.mtq.NVFP4_KV_CFG["quant_cfg"]
     folder = export(modelopt, calibrated(modelopt, model, (), CALIBRATION, kv_cache), tmp_path / "exported")
-    refusal = f"KV cache quantized as '{algorithm}' is not supported"
+    refusal = "KV cache quantized as 'NVFP4' is not supported"
     with pytest.raises(ConfigError, match=refusal):
         load_quantization_config(folder)
     (folder / "hf_quant_config.json").unlink()
     with pytest.raises(ConfigError, match=refusal):
         load_quantization_config(folder)
+
+
+# FP8 KV caches
+
+
+def with_fp8_cache(
+    modelopt: SimpleNamespace, save: Callable[..., nn.Module], folder: Path, **overrides: object
+) -> tuple[nn.Module, Path]:
+    model = save(folder / "source", **overrides)
+    model = calibrated(modelopt, model, (), CALIBRATION, modelopt.mtq.FP8_KV_CFG["quant_cfg"])
+    return model, export(modelopt, model, folder / "exported")
+
+
+@pytest.mark.parametrize(("save", "layers"), [(save_qwen3, 1), (save_qwen3_moe, 3)])
+def test_an_fp8_cache_has_the_scales_that_modelopt_calibrated(modelopt, tmp_path, save, layers):
+    model, folder = with_fp8_cache(modelopt, save, tmp_path, num_hidden_layers=layers)
+    runner = single_rank_runner(folder, log_level="error")
+    assert runner.config.kv_cache_dtype == "fp8_e4m3"
+    ours = all_logits(runner, PROMPTS)
+    assert_agree(ours, reference_logits(model))
+    assert_agree(all_logits(runner, PROMPTS, chunk=1), reference_logits(model))
+
+    wide = all_logits(single_rank_runner(folder, log_level="error", kv_cache_dtype="float32"), PROMPTS)
+    assert relative_error(wide, ours) > 0.02, "the type of the cache matters"
+
+    def forget_scales(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("k_scale", "v_scale"))]:
+            del tensors[name]
+
+    unscaled = all_logits(single_rank_runner(edit_tensors(folder, forget_scales), log_level="error"), PROMPTS)
+    assert relative_error(unscaled, ours) > 0.01, "the scales matter"
+
+
+def test_latent_attention_does_without_the_scales_of_an_fp8_cache_and_says_so(modelopt, tmp_path):
+    model, folder = with_fp8_cache(modelopt, save_deepseek_v3, tmp_path)
+    runner = single_rank_runner(folder, log_level="error")
+    assert runner.config.kv_cache_dtype == "float32"
+    assert "latent vectors are cached" in " ".join(runner.config.decisions())
+    modelopt.mtq.disable_quantizer(model, "*_bmm_quantizer")
+    assert_agree(all_logits(runner, PROMPTS), reference_logits(model))
+    with pytest.raises(ConfigError, match="--kv-cache-dtype fp8_e4m3: DeepseekV3ForCausalLM caches latent vectors"):
+        single_rank_runner(folder, kv_cache_dtype="fp8_e4m3")
 
 
 # What modelopt writes as scales

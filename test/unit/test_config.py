@@ -288,7 +288,7 @@ def test_two_descriptions_of_the_quantization_must_agree(checkpoint):
     [
         ({**NVFP4, "quant_algo": "FP8"}, "quantization 'FP8'"),
         ({**NVFP4, "group_size": 32}, "group size 32"),
-        ({**NVFP4, "kv_cache_quant_algo": "FP8"}, "KV cache quantized as 'FP8'"),
+        ({**NVFP4, "kv_cache_quant_algo": "INT8"}, "KV cache quantized as 'INT8'"),
     ],
 )
 def test_formats_that_are_not_run_are_refused(checkpoint, quantization, reason):
@@ -322,7 +322,8 @@ def test_parts_of_a_merged_layer_are_quantized_together_or_not_at_all():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, "'linear' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "has no field 'original_max_position_embeddings'"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
         ({"vocab_size": None}, "has no field 'vocab_size'"),

@@ -89,8 +89,8 @@ def _parse(path: Path, quantization: Mapping[str, Any]) -> QuantizationConfig:
             f"{path}: quantization {algorithm!r} with group size {group_size} is not supported, "
             f"only 'NVFP4' with group size {NVFP4_GROUP_SIZE}"
         )
-    if kv_cache is not None:
-        raise ConfigError(f"{path}: a KV cache quantized as {kv_cache!r} is not supported; export without it")
+    if kv_cache not in (None, "FP8"):
+        raise ConfigError(f"{path}: a KV cache quantized as {kv_cache!r} is not supported; export with FP8 or without")
     return QuantizationConfig(algorithm, group_size, kv_cache, tuple(quantization.get("exclude_modules") or ()))
 
 
@@ -103,13 +103,19 @@ def _parse_embedded(path: Path, embedded: Mapping[str, Any]) -> QuantizationConf
     sizes = {int((group.get("weights") or {}).get("group_size") or NVFP4_GROUP_SIZE) for group in groups}
     if len(sizes) > 1:
         raise ConfigError(f"{path}: config_groups of different group sizes {sorted(sizes)} are not supported")
-    scheme = embedded.get("kv_cache_scheme")
     return _parse(
         path,
         {
             "quant_algo": embedded.get("quant_algo"),
             "group_size": embedded.get("group_size") or next(iter(sizes), NVFP4_GROUP_SIZE),
-            "kv_cache_quant_algo": f"FP{scheme.get('num_bits')}" if isinstance(scheme, dict) else scheme,
+            "kv_cache_quant_algo": _kv_cache_algorithm(embedded.get("kv_cache_scheme")),
             "exclude_modules": embedded.get("ignore") or embedded.get("exclude_modules"),
         },
     )
+
+
+def _kv_cache_algorithm(scheme: object) -> object:
+    """`kv_cache_scheme` in the words of `kv_cache_quant_algo`."""
+    if not isinstance(scheme, dict):
+        return scheme
+    return f"{'FP' if scheme.get('type', 'float') == 'float' else 'INT'}{scheme.get('num_bits')}"

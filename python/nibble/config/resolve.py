@@ -22,7 +22,7 @@ OLDEST_CUDA_ARCH = (8, 0)
 OLDEST_FP4_ARCH = (10, 0)
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 LARGEST_DEFAULT_GRAPH = 256
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8_e4m3": 1}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class EngineConfig:
             f"kernels: {self.kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
             f"attention: {self._attention_in_words()}",
-            f"KV cache: {size} a rank in {self.kv_cache_dtype}, "
+            f"KV cache: {size} a rank in {self.kv_cache_dtype}{self._unused_kv_scales()}, "
             f"pages of {self.args.page_size}; "
             f"context length: {self.context_length}",
         ]
@@ -107,6 +107,13 @@ class EngineConfig:
             parts["the width of an expert"] = parallel.moe_tp_size
         return ["ranks that share " + ", ".join(f"{part}: {size}" for part, size in parts.items())]
 
+    def _unused_kv_scales(self) -> str:
+        if self.quantization is None or self.quantization.kv_cache_quant_algo is None:
+            return ""
+        if self.model.mla:
+            return " (the checkpoint's scales are for keys and values of heads, and latent vectors are cached)"
+        return "" if self.kv_cache_dtype == "fp8_e4m3" else " (the checkpoint has scales for fp8_e4m3)"
+
     def _device_in_words(self) -> str:
         if self.device == "cuda":
             return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each)"
@@ -129,7 +136,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
     kernels, no_c_kernels = _resolve_kernels(args, on_gpu, machine)
     moe_kernel = _resolve_moe_kernel(args, kernels, on_gpu, machine)
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
-    kv_cache_dtype = _resolve_kv_cache_dtype(args, model)
+    kv_cache_dtype = _resolve_kv_cache_dtype(args, model, quantization)
     attention_backend, no_flashinfer = _resolve_attention(args, model, kernels, (dtype, kv_cache_dtype))
     no_cuda_graph = _why_no_cuda_graph(args, model, quantization, attention_backend, moe_kernel)
     context_length, num_pages = _resolve_memory(args, model, parallel, kv_cache_dtype, on_gpu)
@@ -308,9 +315,16 @@ def _resolve_rank_cores(args: ServerArgs, cores: Sequence[int], ranks: int) -> t
     return tuple(tuple(cores[rank * share : (rank + 1) * share]) for rank in range(ranks))
 
 
-def _resolve_kv_cache_dtype(args: ServerArgs, model: ModelConfig) -> str:
+def _resolve_kv_cache_dtype(args: ServerArgs, model: ModelConfig, quantization: QuantizationConfig | None) -> str:
+    if args.kv_cache_dtype == "fp8_e4m3" and model.mla:
+        raise ConfigError(
+            f"--kv-cache-dtype fp8_e4m3: {model.architecture} caches latent vectors, for which checkpoints have no "
+            "scales; use bfloat16 or auto"
+        )
     if args.kv_cache_dtype != "auto":
         return args.kv_cache_dtype
+    if quantization is not None and quantization.kv_cache_quant_algo == "FP8" and not model.mla:
+        return "fp8_e4m3"
     return model.dtype if model.dtype in DTYPE_BYTES else "bfloat16"
 
 

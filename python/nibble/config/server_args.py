@@ -35,8 +35,8 @@ class ServerArgs:
     )
     kv_cache_dtype: str = flag(
         "auto",
-        "Type of the KV cache. auto: the checkpoint's, bfloat16 or float32.",
-        choices=("auto", "float32", "bfloat16"),
+        "Type of the KV cache. auto: the checkpoint's, bfloat16, float32, or fp8_e4m3 where it brings scales for that.",
+        choices=("auto", "float32", "bfloat16", "fp8_e4m3"),
     )
     quantization: str | None = flag(
         None, "Format the checkpoint must have. Default: what it says itself.", choices=("modelopt_fp4",)

@@ -51,6 +51,8 @@ class WeightTarget:
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[torch.Tensor], object]
     dummy: Callable[[torch.Generator], torch.Tensor]
+    is_optional: bool = False
+    """A checkpoint may lack it; its destination is then left as it is."""
 
 
 class Layer(Protocol):

@@ -62,7 +62,7 @@ def _load_safetensors(targets: Targets, unused_prefixes: tuple[str, ...], folder
             raise ConfigError(f"{path} cannot be read: {error}; fetch the checkpoint again") from error
     problems = {
         "weights of the model are not in the checkpoint": [
-            name for name, target in targets.items() if target is not None and name not in found
+            name for name, target in targets.items() if target and not target.is_optional and name not in found
         ],
         "tensors of the checkpoint fit nothing in the model": [
             name for name in found if name not in targets and not name.startswith(unused_prefixes)

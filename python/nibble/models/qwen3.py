@@ -13,6 +13,7 @@ from nibble.distributed.communicator import Communicator
 from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.select import select_kernels
 from nibble.layers.attention.backend import AttentionStep
+from nibble.layers.attention.kv_scales import KvCacheScales
 from nibble.layers.embedding import LMHead, TiedLMHead, VocabEmbedding
 from nibble.layers.linear import RowParallelLinear, make_linear, split_heads, split_width
 from nibble.layers.norm import RMSNorm
@@ -38,16 +39,18 @@ class Qwen3Attention:
         self.o_proj = RowParallelLinear(config, group, prefix, q, ("o_proj", model.hidden_size), model.attention_bias)
         self.q_norm = RMSNorm(config, model.head_dim)
         self.k_norm = RMSNorm(config, model.head_dim)
+        self.kv_scales = KvCacheScales(config)
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> Summand:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split_with_sizes(qkv, self.heads, dim=1)  # [T, N, D]
         q, k = self.rotary.normalized(q, k, self.q_norm, self.k_norm, positions)
-        return self.o_proj(attention.forward(self.layer, q, k, v))
+        return self.o_proj(self.kv_scales.attend(attention, self.layer, q, k, v))
 
     def layers(self, prefix: str) -> Iterator[tuple[str, Layer]]:
         yield prefix, self.qkv_proj
         yield prefix, self.o_proj
+        yield prefix, self.kv_scales
         yield f"{prefix}.q_norm", self.q_norm
         yield f"{prefix}.k_norm", self.k_norm
 
