@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from checkpoints import YARN, save_deepseek_v2, save_deepseek_v3
+from checkpoints import YARN, edit_tensors, save_deepseek_v2, save_deepseek_v3, save_qwen3
+from nibble.models.deepseek_v3 import MoEGate
+from nibble.utils.errors import ConfigError
 from runners import all_logits, single_rank_runner
 
 PROMPTS = [[5, 17, 99], [1], list(range(3, 50)), [7] * 16, [100, 2, 100, 2, 50]]
@@ -42,3 +44,38 @@ def test_logits_agree_with_transformers(name, tmp_path):
             torch.testing.assert_close(
                 ours, theirs, atol=1e-4, rtol=0, msg=lambda m, p=prompt, c=chunk: f"{p} in chunks of {c}: {m}"
             )
+
+
+def test_layers_that_guess_further_tokens_are_skipped_by_name_and_nothing_else_is(tmp_path):
+    V3(tmp_path, num_nextn_predict_layers=1)
+    expected = all_logits(single_rank_runner(tmp_path), PROMPTS)
+
+    def add(name: str) -> None:
+        edit_tensors(tmp_path, lambda tensors: tensors.update({name: torch.ones(64, 128)}))
+
+    add("model.layers.2.eh_proj.weight")  # layers 0 and 1 are the model's
+    for ours, theirs in zip(all_logits(single_rank_runner(tmp_path), PROMPTS), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for name in ("model.layers.1.eh_proj.weight", "model.layers.20.eh_proj.weight"):
+        add(name)
+        with pytest.raises(ConfigError, match=rf"fit nothing in the model: .*{name}"):
+            single_rank_runner(tmp_path)
+
+
+def test_the_router_computes_in_fp32_from_a_bf16_checkpoint(tmp_path):
+    """Two experts of nearly the same score must not change places because of how the engine stores its weights."""
+    V3(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    runner = single_rank_runner(tmp_path, dtype="bfloat16")
+    (gate,) = [layer for _, layer in runner.model.layers() if isinstance(layer, MoEGate)]
+    x = torch.randn(50, 64, dtype=torch.bfloat16)
+    logits = gate(x)
+    assert logits.dtype == gate.correction_bias.dtype == torch.float32
+    torch.testing.assert_close(logits, (x.double() @ gate.weight.double().T).float(), atol=1e-5, rtol=1e-5)
+    assert all_logits(runner, PROMPTS)[2].isfinite().all()
+
+
+def test_qwen3_stretched_by_yarn_agrees_as_well(tmp_path):
+    reference = save_qwen3(tmp_path, rope_parameters={**YARN, "mscale": None, "mscale_all_dim": None})
+    (ours,) = all_logits(single_rank_runner(tmp_path), [PROMPTS[2]], chunk=7)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours, reference(torch.tensor([PROMPTS[2]])).logits[0], atol=1e-4, rtol=0)

@@ -21,6 +21,7 @@ CPU_KERNELS = Path(__file__).parents[1] / "kernels" / "cpu"
 OLDEST_CUDA_ARCH = (8, 0)
 OLDEST_FP4_ARCH = (10, 0)
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
+FLASHINFER_LATENT_SIZES = (512, 64)
 LARGEST_DEFAULT_GRAPH = 256
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8_e4m3": 1}
 
@@ -243,7 +244,12 @@ def _resolve_attention(
         no_flashinfer = "it needs a GPU, and this engine runs on the CPU"
     elif kernels == "triton":
         no_flashinfer = "FlashInfer is not installed, or there is no nvcc to compile its kernels"
-    elif model.head_dim not in FLASHINFER_HEAD_DIMS:
+    elif model.mla and (model.mla.kv_lora_rank, model.mla.qk_rope_head_dim) != FLASHINFER_LATENT_SIZES:
+        sizes = model.mla.kv_lora_rank, model.mla.qk_rope_head_dim
+        no_flashinfer = (
+            f"latent vectors and rotated keys have {sizes} values, and FlashInfer's {FLASHINFER_LATENT_SIZES}"
+        )
+    elif not model.mla and model.head_dim not in FLASHINFER_HEAD_DIMS:
         no_flashinfer = f"the model's heads have {model.head_dim} values, and FlashInfer's {FLASHINFER_HEAD_DIMS}"
     elif dtypes != ("bfloat16", "bfloat16"):
         no_flashinfer = f"it computes in bfloat16, and activations are {dtypes[0]}, the KV cache {dtypes[1]}"

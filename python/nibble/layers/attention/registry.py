@@ -8,6 +8,16 @@ from nibble.utils.dtypes import torch_dtype
 
 def create_attention_backend(config: EngineConfig, pool: KvCachePool) -> AttentionBackend:
     match config.attention_backend:
+        case "flashinfer" if mla := config.model.mla:
+            from nibble.layers.attention.flashinfer_mla_backend import FlashInferMlaBackend
+
+            return FlashInferMlaBackend(
+                pool,
+                config.model.num_heads,
+                mla.kv_lora_rank,
+                config.model.softmax_scale,
+                torch_dtype(config.dtype),
+            )
         case "flashinfer":
             from nibble.layers.attention.flashinfer_backend import FlashInferBackend
 
