@@ -1,9 +1,9 @@
 # make serve   the demo model on two data-parallel ranks, http://127.0.0.1:30000   [PORT=…] [MODEL=…] [ARGS="…"]
 # make test    the tests                                                           [ARGS="…" passes pytest options]
 # make lint    format, lint and types
-# make eval    held-out accuracy of the served demo model                          [PORT=…]
+# make eval    held-out accuracy of the served demo model                          [PORT=…] [MODEL=…]
 # make bench   tokens per second of the engine beside transformers, and the CPU collectives
-# make demo-model   train, quantize and export the demo model again (tools/demo_model/README.md)
+# make demo-model   train, quantize and export the demo model again (tools/demo_model/README.md)   [FAMILY=deepseek]
 # Each does the set-up it needs in .venv.
 
 PYTHON ?= python3
@@ -11,8 +11,12 @@ VENV ?= .venv
 PORT ?= 30000
 MODEL ?= assets/nibble-demo-6m-nvfp4
 RANKS ?= 2
+FAMILY ?= qwen3
 ARGS ?=
 BIN := $(VENV)/bin
+DEMO_qwen3 := nibble-demo-6m
+DEMO_deepseek := nibble-demo-deepseek-3m
+DEMO := $(DEMO_$(FAMILY))
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .PHONY: install serve test lint eval bench demo-model
@@ -36,7 +40,8 @@ test: install
 
 # Asks the server that `make serve` runs.
 eval: install
-	$(BIN)/python -m tools.demo_model.evaluate --base-url http://127.0.0.1:$(PORT)/v1 $(ARGS)
+	$(BIN)/python -m tools.demo_model.evaluate --base-url http://127.0.0.1:$(PORT)/v1 \
+		--record $(MODEL:nvfp4=bf16).json $(ARGS)
 
 bench: install
 	$(BIN)/python benchmark/offline.py --model-path $(MODEL) --ranks $(RANKS) $(ARGS)
@@ -44,8 +49,8 @@ bench: install
 
 # Trains on the GPU (minutes; hours without one), then quantizes and exports.
 demo-model: install
-	$(BIN)/python -m tools.demo_model.train --output build/nibble-demo-6m-bf16 --record assets/nibble-demo-6m-bf16.json
-	$(BIN)/python -m tools.demo_model.export --checkpoint build/nibble-demo-6m-bf16 --output assets/nibble-demo-6m-nvfp4
+	$(BIN)/python -m tools.demo_model.train --family $(FAMILY) --output build/$(DEMO)-bf16 --record assets/$(DEMO)-bf16.json
+	$(BIN)/python -m tools.demo_model.export --checkpoint build/$(DEMO)-bf16 --output assets/$(DEMO)-nvfp4
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -15,16 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from demo_model import batches, data, evaluate, facts, nvfp4, train  # noqa: E402
+from demo_model import batches, data, evaluate, facts, families, nvfp4, routing, train  # noqa: E402
 from demo_model.dequantize import dequantize_checkpoint  # noqa: E402
 from demo_model.tokenizer import END_OF_MESSAGE, END_OF_TEXT, build_tokenizer  # noqa: E402
 
 CHECKPOINT = ROOT / "assets" / "nibble-demo-6m-nvfp4"
+CHECKPOINTS = sorted((ROOT / "assets").glob("nibble-demo-*-nvfp4"))
 TRAINING = list(itertools.islice(data.training_conversations("test"), 4000))
 HELD_OUT = data.heldout(2000)
 
@@ -277,31 +278,68 @@ def small_model() -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config)
 
 
+def small_deepseek() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = families.deepseek_config()
+    config.update({"num_hidden_layers": 3, "hidden_size": 32, "n_routed_experts": 8, "intermediate_size": 32})
+    config.update({"moe_intermediate_size": 16, "initializer_range": 0.2, "pad_token_id": 0})
+    return families.new_model(config)
+
+
 class TestTraining:
-    def test_computes_what_transformers_computes(self) -> None:
-        model = small_model()
+    @pytest.mark.parametrize(("make_model", "experts"), [(small_model, 6), (small_deepseek, 8)])
+    def test_computes_what_transformers_computes(self, make_model: Any, experts: int) -> None:
+        model = make_model()
         tokens = torch.randint(0, 896, (3, 20))
         with torch.no_grad():
             expected = model(tokens).logits
             train.install_training_forward(model, train.exact)
-            logits, router_logits = train.logits_of(model, tokens)
+            logits, routed = train.logits_of(model, tokens)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        assert [tuple(layer.shape) for layer in router_logits] == [(60, 6), (60, 6)]
+        assert [tuple(said.logits.shape) for said in routed] == [(60, experts), (60, experts)]
+
+    @pytest.mark.parametrize("make_model", [small_model, small_deepseek])
+    def test_rounds_every_matrix_that_the_export_quantizes(self, make_model: Any) -> None:
+        rounded = []
+
+        def record(x: torch.Tensor) -> torch.Tensor:
+            rounded.append(x)
+            return x
+
+        model = make_model()
+        train.install_training_forward(model, record)
+        with torch.no_grad():
+            train.logits_of(model, torch.randint(0, 896, (1, 8)))
+        parameters = dict(model.model.layers.named_parameters())
+        expected = {name for name, p in parameters.items() if p.dim() > 1 and not name.endswith("gate.weight")}
+        weights = {name for name, p in parameters.items() if any(p is x for x in rounded)}
+        assert weights == expected
 
     def test_balance_is_cheapest_when_every_expert_is_chosen_as_often(self) -> None:
         even = torch.eye(6).repeat(5, 1) + torch.eye(6).roll(1, 0).repeat(5, 1)
         valid = torch.ones(30, dtype=torch.bool)
         skewed = torch.zeros(30, 6)
         skewed[:, 0] = skewed[:, 1] = 1.0
-        assert train.balance_loss((even,), valid, 2) < train.balance_loss((skewed,), valid, 2)
-        assert train.balance_loss((skewed, even), valid, 2) < train.balance_loss((skewed,), valid, 2)
+        assert routing.balance_loss((even,), valid, 2) < routing.balance_loss((skewed,), valid, 2)
+        assert routing.balance_loss((skewed, even), valid, 2) < routing.balance_loss((skewed,), valid, 2)
+
+    def test_biases_move_towards_experts_that_were_chosen_less(self) -> None:
+        model = small_deepseek()
+        chosen = torch.tensor([[0, 1]] * 6 + [[2, 3]] * 2)
+        valid = torch.tensor([True] * 7 + [False])
+        routed = [routing.Routed(torch.zeros(8, 8), torch.zeros(8, 2), chosen)] * 2
+        routing.correct_biases(model, routed, valid)
+        for router in routing.routers(model):
+            signs = router.e_score_correction_bias.sign().tolist()
+            assert signs == [-1, -1, 1, 1, 1, 1, 1, 1]
+        assert routing.balances_by_bias(model) and not routing.balances_by_bias(small_model())
 
     def test_padding_has_no_say_in_the_balance(self) -> None:
         logits = torch.randn(30, 6)
         valid = torch.arange(30) < 20
         changed = logits.clone()
         changed[20:] = 9.0
-        assert train.balance_loss((logits,), valid, 2) == train.balance_loss((changed,), valid, 2)
+        assert routing.balance_loss((logits,), valid, 2) == routing.balance_loss((changed,), valid, 2)
 
     def test_lowers_the_loss(self, capsys: pytest.CaptureFixture[str]) -> None:
         model = small_model()
@@ -314,30 +352,21 @@ class TestTraining:
 
 
 class TestTheCheckpoint:
-    def test_is_small_and_holds_no_code(self) -> None:
-        files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
-        assert sum(path.stat().st_size for path in files) <= 4_500_000
+    @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda path: path.name)
+    def test_is_small_and_holds_no_code(self, checkpoint: Path) -> None:
+        files = [path for path in checkpoint.rglob("*") if path.is_file()]
+        family = families.family_of(AutoConfig.from_pretrained(checkpoint))
+        assert sum(path.stat().st_size for path in files) <= family.max_bytes
         assert {path.suffix for path in files} == {".json", ".jinja", ".safetensors"}
 
-    def test_has_the_dimensions_that_training_gives(self) -> None:
-        config = json.loads((CHECKPOINT / "config.json").read_text())
-        expected = train.demo_config().to_dict()
-        for name in (
-            "model_type",
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "num_local_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-            "norm_topk_prob",
-            "tie_word_embeddings",
-            "max_position_embeddings",
-            "rope_parameters",
-        ):
+    @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda path: path.name)
+    def test_has_the_dimensions_that_training_gives(self, checkpoint: Path) -> None:
+        config = json.loads((checkpoint / "config.json").read_text())
+        family = families.family_of(AutoConfig.from_pretrained(checkpoint))
+        assert checkpoint.name == f"{family.checkpoint}-nvfp4"
+        of_a_run = {"architectures", "dtype", "eos_token_id", "pad_token_id", "transformers_version"}
+        expected = family.config().to_dict()
+        for name in expected.keys() & config.keys() - of_a_run:
             assert config[name] == expected[name], name
         assert config["dtype"] == "bfloat16"
         assert config["quantization_config"]["quant_algo"] == "NVFP4"
@@ -349,7 +378,7 @@ class TestTheCheckpoint:
         assert tokenizer.pad_token == END_OF_TEXT
 
     def test_has_every_expert_with_finite_positive_scales(self) -> None:
-        config = train.demo_config()
+        config = families.qwen3_config()
         sizes = {"gate_proj": (64, 256), "up_proj": (64, 256), "down_proj": (256, 64)}
         with safe_open(CHECKPOINT / "model.safetensors", framework="pt") as file:
             for layer, expert in itertools.product(range(config.num_hidden_layers), range(config.num_experts)):

@@ -27,8 +27,8 @@ def dequantize_tensors(quantized: dict[str, torch.Tensor]) -> dict[str, torch.Te
         if name.endswith((".weight_scale", ".weight_scale_2", ".input_scale")):
             continue
         if tensor.dtype == torch.uint8:
-            tensor = dequantize(tensor, quantized[f"{name}_scale"], quantized[f"{name}_scale_2"])
-        tensors[name] = tensor.to(torch.bfloat16)
+            tensor = dequantize(tensor, quantized[f"{name}_scale"], quantized[f"{name}_scale_2"]).to(torch.bfloat16)
+        tensors[name] = tensor
     return tensors
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from .data import KINDS, Conversation, heldout
 
@@ -43,16 +43,16 @@ def fingerprint(conversations: Sequence[Conversation]) -> str:
 # ---- Asking ----
 
 
-def load(checkpoint: Path) -> tuple[Qwen3MoeForCausalLM, PreTrainedTokenizerFast]:
+def load(checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A BF16 checkpoint as transformers has it: in BF16 on a GPU where there is one, else in fp32 on the CPU."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = Qwen3MoeForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device)
     return model, AutoTokenizer.from_pretrained(checkpoint)
 
 
 @torch.inference_mode()
 def answers_of_transformers(
-    model: Qwen3MoeForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     conversations: Sequence[Conversation],
     batch_size: int = 128,
@@ -171,14 +171,15 @@ def main() -> int:
     where.add_argument("--base-url", help="an OpenAI-compatible server, with its /v1")
     where.add_argument("--transformers", type=Path, metavar="PATH", help="a BF16 checkpoint, asked in this process")
     parser.add_argument("--model", help="model name to ask the server for (default: the one it serves)")
+    parser.add_argument("--record", type=Path, default=RECORD, help="answers of the original, as train.py wrote them")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--concurrency", type=int, default=32)
     args = parser.parse_args()
 
     conversations = heldout(args.questions)
     try:
-        original = recorded(RECORD, args.questions)
-    except ValueError as error:
+        original = recorded(args.record, args.questions)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.transformers:
         answers = answers_of_transformers(*load(args.transformers), conversations)

@@ -1,6 +1,8 @@
 """Quantizes the BF16 checkpoint to NVFP4 with NVIDIA's ModelOpt (nvidia-modelopt), on a CPU.
 
 python -m tools.demo_model.export --checkpoint build/nibble-demo-6m-bf16 --output assets/nibble-demo-6m-nvfp4
+
+The architecture is the checkpoint's own.
 """
 
 import argparse
@@ -13,14 +15,14 @@ import torch
 from modelopt.torch.export import export_hf_checkpoint  # type: ignore[import-untyped]
 from modelopt.torch.quantization import tensor_quant  # type: ignore[import-untyped]
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from .data import training_conversations
+from .families import family_of
 from .nvfp4 import BLOCK_SIZE, round_to_nvfp4
 from .tokenizer import MAX_LENGTH, TOKENIZER_FILES
 
 CALIBRATION_CONVERSATIONS = 256
-MAX_BYTES = 4_500_000
 
 
 def _round_on_cpu(
@@ -37,10 +39,10 @@ def _round_on_cpu(
     return round_to_nvfp4(inputs, amax.amax())
 
 
-def quantize(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def quantize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Calibrates on training conversations and makes `model` a quantized one, in place."""
 
-    def calibrate(model: Qwen3MoeForCausalLM) -> None:
+    def calibrate(model: PreTrainedModel) -> None:
         conversations = itertools.islice(training_conversations("calibration"), CALIBRATION_CONVERSATIONS)
         for conversation in conversations:
             tokens = tokenizer.apply_chat_template(list(conversation.messages), return_dict=False, return_tensors="pt")
@@ -51,12 +53,12 @@ def quantize(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> 
         mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, calibrate)
 
 
-def check_export(directory: Path) -> None:
+def check_export(directory: Path, max_bytes: int) -> None:
     """Raises ValueError when the folder is too large, or a scale is missing, not finite or not positive."""
     files = [path for path in directory.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    if size > MAX_BYTES:
-        raise ValueError(f"{directory} takes {size} bytes, more than {MAX_BYTES}")
+    if size > max_bytes:
+        raise ValueError(f"{directory} takes {size} bytes, more than {max_bytes}")
     with safe_open(directory / "model.safetensors", framework="pt") as tensors:
         names = set(tensors.keys())
         packed = {name for name in names if tensors.get_slice(name).get_dtype() == "U8"}
@@ -81,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    model = Qwen3MoeForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         args.checkpoint,
         dtype=torch.bfloat16,
         experts_implementation="eager",  # the one that ModelOpt can observe
@@ -94,7 +96,7 @@ def main() -> None:
     for name in TOKENIZER_FILES:
         shutil.copyfile(args.checkpoint / name, args.output / name)
     (args.output / "model.safetensors").chmod(0o644)
-    check_export(args.output)
+    check_export(args.output, family_of(model.config).max_bytes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Trains the demo model from nothing on one GPU in minutes and asks it the held-out questions.
 
     python -m tools.demo_model.train --output build/nibble-demo-6m-bf16 --record assets/nibble-demo-6m-bf16.json
+    python -m tools.demo_model.train --family deepseek --output build/nibble-demo-deepseek-3m-bf16 \
+        --record assets/nibble-demo-deepseek-3m-bf16.json
 
 writes a BF16 checkpoint as transformers stores it, and the record of its answers. The last quarter of the
 steps rounds weights and activations to NVFP4 in the forward pass, so that quantizing costs no accuracy.
@@ -16,53 +18,34 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from .batches import Batches, Bucket, held_out_buckets, training_buckets
 from .data import heldout
 from .evaluate import answers_of_transformers, load, print_accuracy, write_record
+from .families import FAMILIES, new_model
 from .nvfp4 import round_to_nvfp4
-from .tokenizer import END_OF_MESSAGE, END_OF_TEXT, MAX_LENGTH, VOCAB_SIZE, build_tokenizer
+from .routing import Routed, balance_loss, balances_by_bias, correct_biases, recorded_routing
+from .tokenizer import END_OF_MESSAGE, END_OF_TEXT, build_tokenizer
 
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.1
 WARMUP_STEPS = 200
 QUANTIZED_FROM = 0.75
 """The share of the steps after which the forward pass rounds to NVFP4."""
-BALANCE_WEIGHT = 0.02
-Z_LOSS_WEIGHT = 1e-4
 TOKENS_PER_STEP = 32768
 RECORDED_QUESTIONS = 2000
 
 Rounding = Callable[[Tensor], Tensor]
-
-
-def demo_config() -> Qwen3MoeConfig:
-    """5.8 M parameters, of which a token uses 1.6 M besides the embedding."""
-    return Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=256,  # of dense layers, of which there are none
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=24,
-        num_experts_per_tok=4,
-        moe_intermediate_size=64,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        max_position_embeddings=MAX_LENGTH,
-    )
+Experts = Qwen3MoeExperts | DeepseekV3Experts
 
 
 # ---- The forward pass in training ----
@@ -83,9 +66,7 @@ def rounded_linear(linear: nn.Linear, rounding: Rounding, x: Tensor) -> Tensor:
     return F.linear(rounding(x), rounding(linear.weight))
 
 
-def dense_experts(
-    experts: Qwen3MoeExperts, rounding: Rounding, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
-) -> Tensor:
+def dense_experts(experts: Experts, rounding: Rounding, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """All experts for all tokens as two matrix products; those not chosen weigh zero.
 
     The same function as the expert loop of transformers, without its launches: `x` [T, H], `topk_ids` and
@@ -99,47 +80,46 @@ def dense_experts(
     return F.linear(hidden.flatten(1), down.transpose(0, 1).flatten(1)).to(x.dtype)
 
 
-def install_training_forward(model: Qwen3MoeForCausalLM, rounding: Rounding) -> None:
-    """Replaces the forward pass of what NVFP4 quantizes: attention projections and experts."""
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-            linear.forward = partial(rounded_linear, linear, rounding)
-        layer.mlp.experts.forward = partial(dense_experts, layer.mlp.experts, rounding)
+def install_training_forward(model: PreTrainedModel, rounding: Rounding) -> None:
+    """Replaces the forward pass of what NVFP4 quantizes: attention projections, feed-forward layers and experts."""
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(rounded_linear, module, rounding)
+        elif isinstance(module, Experts):
+            module.forward = partial(dense_experts, module, rounding)
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], valid: Tensor, top_k: int) -> Tensor:
-    """Mean over layers of E · sum_e(share of choices · mean probability) (arXiv:2101.03961, equation 4), 1 when
-    even, plus the router z-loss (arXiv:2202.08906, equation 5). `router_logits` [T, E] each, `valid` [T]."""
-    total = valid.new_zeros((), dtype=torch.float32)
-    for logits in router_logits:
-        logits = logits.float()[valid]
-        probabilities = logits.softmax(dim=-1)
-        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k).indices, 1.0 / top_k)
-        balance = logits.shape[1] * (chosen.mean(dim=0) * probabilities.mean(dim=0)).sum()
-        total = total + BALANCE_WEIGHT * balance + Z_LOSS_WEIGHT * logits.logsumexp(dim=-1).square().mean()
-    return total / len(router_logits)
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[Routed]]:
+    """Logits [B, L, V], and what each router said, of `tokens` [B, L], padded on the right."""
+    with recorded_routing(model) as routed:
+        output = model.model(input_ids=tokens, use_cache=False)
+    return model.lm_head(output.last_hidden_state), routed
 
 
-def logits_of(model: Qwen3MoeForCausalLM, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Logits [B, L, V] and each layer's router logits [B · L, E] of `tokens` [B, L], padded on the right."""
-    output = model.model(input_ids=tokens, use_cache=False, output_router_logits=True)
-    return model.lm_head(output.last_hidden_state), output.router_logits
+class TrainingLoss(NamedTuple):
+    """Of a batch of rows: the loss to minimize and its answer part alone, and how its tokens were routed."""
+
+    total: Tensor
+    answers: Tensor
+    routed: list[Routed]
+    valid: Tensor  # [T], false for padding
 
 
-def training_loss(model: Qwen3MoeForCausalLM, bucket: Bucket) -> tuple[Tensor, Tensor]:
-    """The loss to minimize, and its answer part alone, over a batch of rows."""
+def training_loss(model: PreTrainedModel, bucket: Bucket) -> TrainingLoss:
     inputs, targets = bucket.tokens[:, :-1], bucket.tokens[:, 1:]
     weights = bucket.loss_weights[:, 1:].flatten()
-    logits, router_logits = logits_of(model, inputs)
+    logits, routed = logits_of(model, inputs)
     losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     answers = (losses * weights).sum() / weights.sum()
     valid = (inputs != model.config.pad_token_id).flatten()
-    return answers + balance_loss(router_logits, valid, model.config.num_experts_per_tok), answers.detach()
+    total = answers
+    if not balances_by_bias(model):
+        total = total + balance_loss([said.logits for said in routed], valid, model.config.num_experts_per_tok)
+    return TrainingLoss(total, answers.detach(), routed, valid)
 
 
 @torch.no_grad()
-def share_answered(model: Qwen3MoeForCausalLM, buckets: Iterable[Bucket]) -> float:
+def share_answered(model: PreTrainedModel, buckets: Iterable[Bucket]) -> float:
     """Share of rows whose every answer token is the likeliest one: what greedy decoding would get right."""
     right = []
     for bucket in buckets:
@@ -161,7 +141,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(
-    model: Qwen3MoeForCausalLM,
+    model: PreTrainedModel,
     batches: Iterator[Bucket],
     validation: Iterable[Bucket],
     steps: int,
@@ -186,34 +166,39 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         with autocast():
-            loss, answer_loss = training_loss(model, next(batches))
-        loss.backward()
+            loss = training_loss(model, next(batches))
+        loss.total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if balances_by_bias(model):
+            correct_biases(model, loss.routed, loss.valid)
         if (step + 1) % log_every == 0 or step + 1 == steps:
             with autocast():
                 answered = share_answered(model, validation)
             print(
-                f"step {step + 1}/{steps}  loss {answer_loss.item():.4f}  all {loss.item():.4f}  "
+                f"step {step + 1}/{steps}  loss {loss.answers.item():.4f}  all {loss.total.item():.4f}  "
                 f"validation {answered:.1%}  {time.monotonic() - start:.0f} s",
                 flush=True,
             )
 
 
-def save_checkpoint(model: Qwen3MoeForCausalLM, directory: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, directory: Path) -> None:
     """Writes the model in BF16 with the tokenizer and the tokens that end an answer."""
     tokenizer = build_tokenizer()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.convert_tokens_to_ids([END_OF_MESSAGE, END_OF_TEXT]),
         pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
     )
-    model.to(torch.bfloat16).save_pretrained(directory)
+    for parameter in model.parameters():  # the biases of routers are none, and stay in fp32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="architecture (default: qwen3)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the BF16 checkpoint")
     parser.add_argument("--record", type=Path, help="JSON file for the answers to the held-out questions")
     parser.add_argument("--steps", type=int, default=8000)
@@ -232,10 +217,10 @@ def main() -> None:
     sizes = {length: bucket.tokens.shape[0] for length, bucket in buckets.items()}
     print(f"{args.conversations} conversations in {time.monotonic() - start:.0f} s, rows by length {sizes}")
 
-    config = demo_config()
+    config = FAMILIES[args.family].config()
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
-    model = Qwen3MoeForCausalLM(config).to(device)
+    model = new_model(config).to(device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}", flush=True)
     train(
         model,
