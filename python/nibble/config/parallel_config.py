@@ -103,10 +103,13 @@ def _check_dense_layers(args: ServerArgs, model: ModelConfig, unit: int) -> None
             )
         ranks = 1
     has_dense_layers = moe is None or not all(map(moe.is_moe_layer, range(model.num_layers)))
-    if has_dense_layers and ranks > 1 and ranks > model.intermediate_size // unit:
+    widths = [model.intermediate_size] if has_dense_layers else []
+    if moe is not None and moe.shared_intermediate_size:
+        widths.append(moe.shared_intermediate_size)
+    if ranks > 1 and any(ranks > width // unit for width in widths):
         way_out = "raise --dp-size" + (" or set --moe-dense-tp-size 1" if moe else "")
         raise ConfigError(
-            f"dense layers of width {model.intermediate_size}, cut at multiples of {unit}, can't be split over the "
+            f"dense layers of width {min(widths)}, cut at multiples of {unit}, can't be split over the "
             f"{ranks} ranks of an attention group (--tp-size divided by --dp-size); {way_out}"
         )
 

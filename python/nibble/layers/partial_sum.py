@@ -32,6 +32,13 @@ def partial_sum(term: Tensor, group: Communicator) -> Summand:
     return term if group.world_size == 1 else PartialSum(term, group)
 
 
+def add_complete(x: Summand, whole: Tensor) -> Summand:
+    """`x + whole`; to a sum that is still to be taken one rank alone brings `whole`, which all have."""
+    if isinstance(x, Tensor):
+        return x + whole
+    return PartialSum(x.term + whole if x.group.rank == 0 else x.term, x.group)
+
+
 def complete(x: Summand) -> Tensor:
     """The sum, the same bits on each rank of its group. Collective if it is still to be taken."""
     return x.group.all_reduce(x.term) if isinstance(x, PartialSum) else x

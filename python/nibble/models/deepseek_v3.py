@@ -1,8 +1,8 @@
 """DeepSeek-V3 and R1, and V2, which differs in numbers and routing: latent attention (MLA), and a shared expert beside
 the routed ones.
 
-T: rows of this step, H: hidden size, N: heads, R: size of the latent vector, D and P: elements of a head without and
-with a position, V: elements of a head's values.
+T: rows of this step, H: hidden size, N: heads of this rank, R: size of the latent vector, D and P: elements of a head
+without and with a position, V: elements of a head's values.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.select import select_kernels
 from nibble.layers.attention.backend import AttentionStep
 from nibble.layers.attention.latent import AbsorbedKvProjection
-from nibble.layers.linear import make_linear
+from nibble.layers.linear import RowParallelLinear, make_linear, split_heads
 from nibble.layers.moe.fused_moe import FusedMoE
 from nibble.layers.moe.shared_expert import SharedExpert
 from nibble.layers.norm import RMSNorm
+from nibble.layers.partial_sum import Summand
 from nibble.layers.rotary import RotaryEmbedding
 from nibble.layers.weights import Layer, WeightTarget, float_target
 from nibble.models.qwen3 import FeedForward, Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3MLP
@@ -27,13 +28,22 @@ LATENT_NORM_EPS = 1e-6
 
 
 class DeepseekV3Attention:
-    """Attention on latent vectors: prompts and decoding alike never see keys and values of single heads."""
+    """Attention on latent vectors: prompts and decoding alike never see keys and values of single heads.
 
-    def __init__(self, config: EngineConfig, prefix: str, layer: int, rotary: RotaryEmbedding) -> None:
-        model, mla = config.model, config.model.mla
+    Every rank of an attention group has all latent vectors and some of the heads; its result is a term of the sum over
+    the group.
+    """
+
+    def __init__(
+        self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int, rotary: RotaryEmbedding
+    ) -> None:
+        model, mla, group = config.model, config.model.mla, parallel.attn_tp_group
         assert mla is not None
         self.layer, self.rotary, self.interleaved = layer, rotary, mla.rope_interleave
-        self.heads, self.latent_size = model.num_heads, mla.kv_lora_rank
+        queries = split_heads(model.num_heads, model.head_dim, group)
+        keys_and_values = split_heads(model.num_heads, mla.qk_nope_head_dim + mla.v_head_dim, group)
+        values = split_heads(model.num_heads, mla.v_head_dim, group)
+        self.heads, self.latent_size = queries.size // model.head_dim, mla.kv_lora_rank
         self.head_parts = [mla.qk_nope_head_dim, mla.qk_rope_head_dim]
         self.down_parts = [mla.q_lora_rank or 0, mla.kv_lora_rank, mla.qk_rope_head_dim]
         down = [("q_a_proj", mla.q_lora_rank)] if mla.q_lora_rank else []
@@ -50,14 +60,14 @@ class DeepseekV3Attention:
             config,
             prefix,
             mla.q_lora_rank or model.hidden_size,
-            [("q_b_proj" if mla.q_lora_rank else "q_proj", self.heads * model.head_dim)],
+            [("q_b_proj" if mla.q_lora_rank else "q_proj", queries)],
         )
-        self.kv_b_proj = AbsorbedKvProjection(config, f"{prefix}.kv_b_proj", self.heads)
-        self.o_proj = make_linear(
-            config, prefix, self.heads * mla.v_head_dim, [("o_proj", model.hidden_size)], bias=model.attention_bias
+        self.kv_b_proj = AbsorbedKvProjection(config, f"{prefix}.kv_b_proj", keys_and_values)
+        self.o_proj = RowParallelLinear(
+            config, group, prefix, values, ("o_proj", model.hidden_size), model.attention_bias
         )
 
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor, attention: AttentionStep) -> Summand:
         q_low, latent, k_rope = self.qkv_a_proj(x).split(self.down_parts, dim=-1)
         q = self.q_proj(self.q_a_layernorm(q_low) if self.q_a_layernorm else x)
         q_nope, q_rope = q.view(x.shape[0], self.heads, -1).split(self.head_parts, dim=-1)  # [T, N, D], [T, N, P]
@@ -100,17 +110,19 @@ class MoEGate:
 
 
 class DeepseekV3MoE:
-    """Routed experts on the rows of all ranks, and the shared expert on this rank's."""
+    """Routed experts on the rows of all ranks, and the shared expert on those of this rank's attention group."""
 
     def __init__(self, config: EngineConfig, parallel: ParallelState, prefix: str) -> None:
         moe = config.model.moe
         assert moe is not None
         self.gate = MoEGate(config)
         self.experts = FusedMoE(config, parallel, f"{prefix}.experts", self.gate.correction_bias)
-        self.shared_mlp = Qwen3MLP(config, f"{prefix}.shared_experts", moe.shared_intermediate_size)
+        self.shared_mlp = Qwen3MLP(
+            config, parallel.dense_tp_group, f"{prefix}.shared_experts", moe.shared_intermediate_size
+        )
         self.shared_expert = SharedExpert(self.shared_mlp, parallel.device)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> Summand:
         return self.shared_expert.add_to(self.routed, x)
 
     def routed(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,9 +136,9 @@ class DeepseekV3MoE:
 
 class DeepseekV3DecoderLayer(Qwen3DecoderLayer):
     def make_attention(
-        self, config: EngineConfig, prefix: str, layer: int, rotary: RotaryEmbedding
+        self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int, rotary: RotaryEmbedding
     ) -> DeepseekV3Attention:
-        return DeepseekV3Attention(config, prefix, layer, rotary)
+        return DeepseekV3Attention(config, parallel, prefix, layer, rotary)
 
     def make_mlp(self, config: EngineConfig, parallel: ParallelState, prefix: str, layer: int) -> FeedForward:
         moe = config.model.moe

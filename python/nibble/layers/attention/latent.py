@@ -10,37 +10,37 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, fake_quantize_nvfp4
 from nibble.layers.quantization.modelopt_quant import Nvfp4Weight
-from nibble.layers.weights import WeightTarget, float_target
+from nibble.layers.weights import Shard, WeightTarget, float_target
 from nibble.utils.dtypes import torch_dtype
 
 
 class AbsorbedKvProjection:
-    """`kv_b_proj` [N * (D + V), R].
+    """`kv_b_proj` [N * (D + V), R], or the rows of some of the heads.
 
     Quantized to NVFP4 it was calibrated for input that is quantized, too (W4A4). Latent vectors are that input, so they
     are quantized once, before they are cached, without `input_scale`: e2m1 times e4m3, which BF16 holds exactly. The
     scales are in the absorbed weights.
     """
 
-    def __init__(self, config: EngineConfig, prefix: str, heads: int) -> None:
+    def __init__(self, config: EngineConfig, prefix: str, rows: Shard) -> None:
         """`prefix` is the module's own name."""
         mla = config.model.mla
         assert mla is not None
-        self.heads, self.key_size, self.dtype = heads, mla.qk_nope_head_dim, torch_dtype(config.dtype)
-        rows, columns = heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank
+        self.key_size, self.head_size = mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.v_head_dim
+        self.dtype, self.rows = torch_dtype(config.dtype), rows
         self.weight: Nvfp4Weight | torch.Tensor
         self.input_scale: torch.Tensor | None = None
         if config.quantization is not None and config.quantization.is_quantized(prefix):
-            self.weight = Nvfp4Weight(rows, columns)
+            self.weight = Nvfp4Weight(rows, Shard.whole(mla.kv_lora_rank))
             self.input_scale = self.weight.input_scale
         else:
-            self.weight = torch.empty(rows, columns, dtype=self.dtype)
+            self.weight = torch.empty(rows.size, mla.kv_lora_rank, dtype=self.dtype)
 
     def process_weights_after_loading(self) -> None:
         weight = self.weight
         if isinstance(weight, Nvfp4Weight):
             weight = dequantize_nvfp4(weight.values, weight.scales, weight.scale_2 * weight.input_scale, self.dtype)
-        heads = weight.unflatten(0, (self.heads, -1))  # [N, D + V, R]
+        heads = weight.unflatten(0, (-1, self.head_size))  # [N, D + V, R]
         self.keys = heads[:, : self.key_size].contiguous()  # [N, D, R]
         self.values = heads[:, self.key_size :].mT.contiguous()  # [N, R, V]
         del self.weight
@@ -64,6 +64,6 @@ class AbsorbedKvProjection:
         if isinstance(self.weight, Nvfp4Weight):
             targets.update(self.weight.weight_targets(f"{prefix}.kv_b_proj"))
         else:
-            targets[f"{prefix}.kv_b_proj.weight"] = float_target(self.weight)
+            targets[f"{prefix}.kv_b_proj.weight"] = float_target(self.weight, shards=[self.rows])
         # Exports with an FP8 cache scale the keys and values of heads, which are never made here.
         return targets | {f"{prefix}.k_proj.k_scale": None, f"{prefix}.v_proj.v_scale": None}

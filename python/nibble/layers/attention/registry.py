@@ -13,7 +13,7 @@ def create_attention_backend(config: EngineConfig, pool: KvCachePool) -> Attenti
 
             return FlashInferMlaBackend(
                 pool,
-                config.model.num_heads,
+                config.parallel.share_of(config.model).num_heads,
                 mla.kv_lora_rank,
                 config.model.softmax_scale,
                 torch_dtype(config.dtype),

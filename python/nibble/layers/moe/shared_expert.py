@@ -4,25 +4,25 @@ from collections.abc import Callable
 
 import torch
 
-FeedForward = Callable[[torch.Tensor], torch.Tensor]
-"""`[T, H] -> [T, H]`, into new memory."""
+from nibble.layers.partial_sum import Summand, add_complete
 
 
 class SharedExpert:
-    """Computed on the rank's own rows, by weights that every rank has: nothing of it travels.
+    """Computed on the rows that this rank has anyway: nothing travels before it.
 
     On a GPU it runs on a stream of its own while the routed experts wait for other ranks' rows. It reads `x` and
     writes memory of its own, so nothing that the routed experts write meets it. CUDA graphs capture both streams.
     """
 
-    def __init__(self, feed_forward: FeedForward, device: torch.device) -> None:
+    def __init__(self, feed_forward: Callable[[torch.Tensor], Summand], device: torch.device) -> None:
+        """`feed_forward` is without collectives."""
         self.feed_forward = feed_forward
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def add_to(self, routed: FeedForward, x: torch.Tensor) -> torch.Tensor:
+    def add_to(self, routed: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Summand:
         """`routed(x)` plus this expert's part, `[T, H]`; `routed` must not write to `x`."""
         if self.stream is None:
-            return routed(x) + self.feed_forward(x)
+            return add_complete(self.feed_forward(x), routed(x))
         current = torch.cuda.current_stream(x.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -30,4 +30,4 @@ class SharedExpert:
         out = routed(x)
         # What this stream allocated is given to nobody else before the wait of its next use.
         current.wait_stream(self.stream)
-        return out + shared
+        return add_complete(shared, out)
