@@ -53,6 +53,11 @@ class KvCachePool:
             _plain(tensor).index_fill_(0, index, 0)
 
 
+def gather_pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """The pages `[P]` of one layer's keys or values, `[P, page_size, kv_heads, head_dim]`."""
+    return _plain(cache).index_select(0, pages).view(cache.dtype)
+
+
 def _store(cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
     if cache.dtype == torch.float8_e4m3fn:
         largest = torch.finfo(cache.dtype).max
@@ -61,5 +66,5 @@ def _store(cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 as bytes: torch has no indexed writes of FP8."""
+    """FP8 as bytes: torch does not index FP8 everywhere."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor

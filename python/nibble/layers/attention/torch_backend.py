@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from nibble.kv_cache.pool import KvCachePool
+from nibble.kv_cache.pool import KvCachePool, gather_pages
 from nibble.layers.attention.backend import AttentionBatch
 
 
@@ -84,7 +84,7 @@ class TorchAttentionStep:
         sequences, queries = group.pages.shape[0], group.query_len
         rows = q[group.first_row : group.first_row + sequences * queries]
         keys, values = (
-            cache[layer].index_select(0, group.pages.flatten()).unflatten(0, group.pages.shape).to(q.dtype)
+            gather_pages(cache[layer], group.pages.flatten()).unflatten(0, group.pages.shape).to(q.dtype)
             for cache in (self.pool.keys, self.pool.values)
         )  # [B, P, page_size, kv_heads, D], of values V
         _, pages, page_size, kv_heads, size = keys.shape
