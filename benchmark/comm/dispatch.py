@@ -96,7 +96,7 @@ def measure_as_rank(rank: int, num_ranks: int, rows: list[int], run_dir: Path) -
     group = PyNcclCommunicator(cpu_group, "dispatch", 60, device)
     ranks_per_gpu = -(-num_ranks // torch.cuda.device_count())
     layout = SegmentLayout(num_ranks * max(rows), LAYOUT.row_bytes, HIDDEN_SIZE)
-    memory = open_peer_memory(cpu_group, group.device, layout, 30, ranks_per_gpu)
+    memory = open_peer_memory(cpu_group, group.device, layout, 30)
     results: Results = {}
     for size in rows:
         times = {name: time_graph(call, group, cpu_group) for name, call in cases(group, memory, size).items()}

@@ -23,7 +23,7 @@ def ranks_of_one_process(
     for segment in segments:
         segment[:HEADER_BYTES] = 0
     addresses = [segment.data_ptr() for segment in segments]
-    return [PeerMemory(rank, layout, segments[rank], addresses, timeout_s, world_size) for rank in range(world_size)]
+    return [PeerMemory(rank, layout, segments[rank], addresses, timeout_s) for rank in range(world_size)]
 
 
 def flags(memory: PeerMemory) -> Tensor:

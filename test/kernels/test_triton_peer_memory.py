@@ -5,6 +5,7 @@ Where there is a GPU, test/gpu/test_peer_memory.py runs them compiled, in a proc
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,12 +97,15 @@ def test_any_shape_is_carried(layout: WireRowLayout, sizes: list[int]) -> None:
     combine_all(ranks, sizes)
 
 
-def test_many_rows_are_summed_by_programs_that_do_not_wait_after_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(combine_module, "_MAX_TILES_PER_WAITING_PROGRAM", 0)
-    layout = WireRowLayout(64, 2)
-    ranks = cases.ranks_of_one_process(2, SegmentLayout(8, layout.row_bytes, 64))
-    combine_all(ranks, [3, 2])
-    assert rounds_of(ranks[0]) == 1
+@pytest.mark.parametrize(
+    "change",
+    [{"rotates": False}, {"rows_first": False}, {"columns": 32}, {"programs_per_multiprocessor": 1}],
+    ids=str,
+)
+def test_however_the_sum_is_cut_up_it_is_the_same(monkeypatch: pytest.MonkeyPatch, change: dict[str, int]) -> None:
+    monkeypatch.setattr(combine_module, "TILING", replace(combine_module.TILING, **change))
+    ranks = cases.ranks_of_one_process(3, SegmentLayout(9, 64, 80))
+    combine_all(ranks, [3, 2, 4])
 
 
 def rounds_of(memory: PeerMemory) -> int:
@@ -132,7 +136,8 @@ def test_every_round_raises_the_flag_at_every_peer_once_and_nothing_is_reset() -
 
 def test_a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again() -> None:
     layout, sizes = WireRowLayout(64, 2), [1, 2, 3]
-    memory = cases.ranks_of_one_process(3, SegmentLayout(6, layout.row_bytes, 64), timeout_s=1e-7)[1]
+    ranks = cases.ranks_of_one_process(3, SegmentLayout(6, layout.row_bytes, 64), timeout_s=1e-7)
+    memory = ranks[1]
     rows = cases.rows_of(sizes, layout)[1]
     memory.raise_failure()
     cases.flags(memory)[0] = cases.ALWAYS

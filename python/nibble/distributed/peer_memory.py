@@ -60,15 +60,14 @@ class PeerMemory:
         segment: Tensor,
         addresses: Sequence[int],
         timeout_s: float,
-        ranks_per_gpu: int,
     ) -> None:
         """`segment` is uint8 [layout.num_bytes], its header zero; `addresses` are those of all segments, by rank.
 
-        A kernel waits at most `timeout_s` for the others. `ranks_per_gpu` share the device of the segment.
+        A kernel waits at most `timeout_s` for the others.
         """
         assert len(addresses) <= MAX_RANKS
         device = segment.device
-        self.rank, self.world_size, self.ranks_per_gpu = rank, len(addresses), ranks_per_gpu
+        self.rank, self.world_size = rank, len(addresses)
         self.layout, self.segment = layout, segment
         self.timeout_s = timeout_s
         self._failure = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -117,7 +116,7 @@ class PeerMemory:
 
 
 def open_peer_memory(
-    cpu_group: Communicator, device: torch.device, layout: SegmentLayout, timeout_s: float, ranks_per_gpu: int
+    cpu_group: Communicator, device: torch.device, layout: SegmentLayout, timeout_s: float
 ) -> PeerMemory:
     """Allocates this rank's segment and maps those of all others. Collective.
 
@@ -132,7 +131,7 @@ def open_peer_memory(
         teardown.callback(_wait_for_all, cpu_group)  # before this rank frees what others map
         addresses = _map_all(cpu_group, cuda, own, handle, teardown)
         segment = as_tensor(own, layout.num_bytes, device)
-        memory = PeerMemory(cpu_group.rank, layout, segment, addresses, timeout_s, ranks_per_gpu)
+        memory = PeerMemory(cpu_group.rank, layout, segment, addresses, timeout_s)
         _agree(cpu_group, _why_out_of_reach(cpu_group, memory))
         memory.teardown.push(teardown.pop_all())
     return memory

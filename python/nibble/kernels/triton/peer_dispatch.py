@@ -16,7 +16,7 @@ from nibble.kernels.triton.wire_row import copy_routing, load_blocks, load_input
 
 # A program takes whole rows, one block of 16 values a thread, and several rows where there are many: at its end it
 # waits for its stores to arrive.
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+_PROGRAMS_PER_MULTIPROCESSOR = 1
 _MAX_WARPS = 16
 _MAX_REGISTERS = 64  # a thread, so that a multiprocessor runs two programs of 16 warps
 
