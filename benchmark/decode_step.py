@@ -1,6 +1,7 @@
 """Times decoding steps of a model on GPUs, and says where the time goes.
 
     python benchmark/decode_step.py --model-path FOLDER [--ranks 8] [--batch-size 1 8 64] [--context 512] [--no-fp4]
+        [--moe-comm-backend auto]
 
 Weights are random (`--load-format dummy`), so a folder with config.json and hf_quant_config.json is enough. Every rank
 decodes `--batch-size` requests of `--context` tokens as one replay of a CUDA graph; ranks beyond the number of GPUs
@@ -37,8 +38,8 @@ REPLAYS = 30
 PROFILED = 5
 PARTS = {
     "attention": ("BatchPrefill", "BatchDecode", "PersistentVariableLength", "MLA", "_store_", "MergeStates"),
-    "dispatch": ("_pack_kernel", "AllGather", "Broadcast", "dispatch"),
-    "combine": ("ReduceScatter", "Reduce_", "peer_combine"),
+    "dispatch": ("_pack_kernel", "AllGather", "Broadcast", "_dispatch_kernel"),
+    "combine": ("ReduceScatter", "Reduce_", "_peer_sum_kernel", "meet_kernel"),
     "experts": ("_prepare_kernel", "_gate_up_kernel", "_down_kernel", "_combine_kernel"),
     "linear": ("_linear_kernel", "_quantize_kernel", "_sum_kernel", "gemm", "nvjet", "cutlass"),
 }
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 64], help="requests of each rank")
     parser.add_argument("--context", type=int, default=512, help="tokens of each request")
     parser.add_argument("--no-fp4", action="store_true", help="gather BF16 rows")
+    parser.add_argument("--moe-comm-backend", default="auto", choices=("auto", "nccl", "peer"))
     args = parser.parse_args()
     flags: dict[str, Any] = {
         "model_path": args.model_path,
@@ -63,6 +65,7 @@ def main() -> None:
         "enable_dp_attention": True,
         "enable_flashinfer_cutlass_moe": True,
         "disable_flashinfer_cutlass_moe_fp4_allgather": args.no_fp4,
+        "moe_comm_backend": args.moe_comm_backend,
         "context_length": args.context + 1,
         "max_running_requests": max(args.batch_size),
         "cuda_graph_max_bs": max(args.batch_size),
@@ -123,7 +126,7 @@ def parts(rank: int, runner: ModelRunner, batch: ForwardBatch, sizes: list[int])
 
 def report(config: EngineConfig, results: dict[str, Any]) -> None:
     print(f"{torch.cuda.get_device_name()}, {config.parallel.world_size} ranks, {config.model.architecture}")
-    print("; ".join(config.decisions()[:3]))
+    print("; ".join(config.decisions()[:4]))
     memory = results["memory_gib"]
     print(f"memory of rank 0: {memory['allocated']:.2f} GiB allocated, {memory['kv_cache']:.2f} of it KV cache")
     names = [*PARTS, "rest"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nccl_stand_in import LAST_ERROR, CudaStandIn, NcclStandIn
 from nibble.distributed import pynccl, pynccl_wrapper
-from nibble.distributed.communicator import SUMMABLE_DTYPES, CollectiveError, Communicator
+from nibble.distributed.communicator import SUMMABLE_DTYPES, CollectiveError, Communicator, PeerError
 from nibble.distributed.pynccl import DATA_TYPES, PyNcclCommunicator
 from nibble.distributed.pynccl_wrapper import NcclLibrary
 
@@ -323,6 +323,25 @@ def test_a_failure_that_nccl_notices_later_is_raised_by_the_next_check(call: str
     with pytest.raises(CollectiveError, match=r"^all_gather in group 'moe_ep', rank 1: NCCL failed: remote process"):
         getattr(ranks.groups[1], call)()
     assert ranks.nccl.ended == [("abort", 1)]
+
+
+@pytest.mark.parametrize("call", ["check", "synchronize"])
+def test_what_is_watched_beside_nccl_ends_the_group_before_the_deadline_with_its_own_words(call: str) -> None:
+    """NCCL's deadline can't say who is missing; whoever waited in peer memory can."""
+    ranks = Ranks(2)
+    missing: list[int] = []
+
+    def raise_failure() -> None:
+        if missing:
+            raise PeerError(f"rank {missing[0]} did not arrive")
+
+    ranks.groups[0].watch(raise_failure)
+    getattr(ranks.groups[0], call)()
+    missing.append(1)
+    ranks.cuda.hangs = True
+    with pytest.raises(CollectiveError, match=f"^{call} in group 'moe_ep', rank 0: rank 1 did not arrive$"):
+        getattr(ranks.groups[0], call)()
+    assert ranks.nccl.ended == [("abort", 0)]
 
 
 def test_work_in_progress_is_no_failure() -> None:

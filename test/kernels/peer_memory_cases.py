@@ -3,15 +3,23 @@
 Nothing runs beside anything else, so before a rank's turn the flags of all others are raised in its segment.
 """
 
-from collections.abc import Sequence
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import wire_row_cases
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
 from nibble.kernels.torch.wire_row import WireRowLayout
-from nibble.kernels.triton.peer_sync import FLAGS, HEADER_BYTES
+from nibble.kernels.triton import peer_sync
+from nibble.kernels.triton.peer_sync import FLAGS, HEADER_BYTES, ROUND
 
 ALWAYS = 2**62  # a round that nobody reaches
 
@@ -35,6 +43,11 @@ def let_everybody_arrive(memory: PeerMemory) -> None:
     flags(memory).fill_(ALWAYS)
 
 
+def rounds(memory: PeerMemory) -> int:
+    """How many rounds this rank has been through."""
+    return int(memory.segment[:HEADER_BYTES].view(torch.int64)[ROUND])
+
+
 def rows_of(sizes: Sequence[int], layout: WireRowLayout, seed: int = 0) -> list[wire_row_cases.Rows]:
     return [wire_row_cases.random_rows(seed * 64 + rank, size, layout) for rank, size in enumerate(sizes)]
 
@@ -52,3 +65,23 @@ def sum_by_rank(partials: Sequence[Tensor]) -> Tensor:
     for partial in partials[1:]:
         total = total + partial.float()
     return total
+
+
+TICKS = itertools.count()
+
+
+@triton.jit
+def load_acquire(ptr):
+    return tl.atomic_add(ptr, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
+def clock_ns(lane):
+    return lane.to(tl.int64) * 0 + next(TICKS)
+
+
+@contextmanager
+def interpretable() -> Iterator[None]:
+    """Without the two functions that are written in the GPU's own instructions."""
+    with mock.patch.object(peer_sync, "load_acquire", load_acquire), mock.patch.object(peer_sync, "clock_ns", clock_ns):
+        yield

@@ -3,15 +3,12 @@
 Where there is a GPU, test/gpu/test_peer_memory.py runs them compiled, in a process a rank.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +17,6 @@ from nibble.distributed.communicator import PeerError
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
 from nibble.kernels.triton import peer_combine as combine_module
-from nibble.kernels.triton import peer_sync
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
 
@@ -30,25 +26,9 @@ INPUT_SCALE = torch.tensor(0.01)
 SIZES = [[3], [2, 2], [1, 4, 2], [0, 3, 0, 1], [5, 0], [0, 0, 2, 1, 4, 1, 0, 3]]
 
 
-@triton.jit
-def load_acquire(ptr):
-    return tl.atomic_add(ptr, 0, sem="acquire", scope="sys")
-
-
-TICKS = itertools.count()
-
-
-@triton.jit
-def clock_ns(lane):
-    return lane.to(tl.int64) * 0 + next(TICKS)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def interpretable() -> Iterator[None]:
-    """Without the two functions that are written in the GPU's own instructions."""
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(peer_sync, "load_acquire", load_acquire)
-        patch.setattr(peer_sync, "clock_ns", clock_ns)
+    with cases.interpretable(), np.errstate(all="ignore"):
         yield
 
 
@@ -108,20 +88,15 @@ def test_however_the_sum_is_cut_up_it_is_the_same(monkeypatch: pytest.MonkeyPatc
     combine_all(ranks, [3, 2, 4])
 
 
-def rounds_of(memory: PeerMemory) -> int:
-    """How many rounds this rank has been through."""
-    return int(memory.segment[: peer_sync.HEADER_BYTES].view(torch.int64)[peer_sync.ROUND])
-
-
 def test_a_rank_without_rows_takes_part_and_without_any_rows_nobody_does() -> None:
     layout = WireRowLayout(64, 2)
     ranks = cases.ranks_of_one_process(2, SegmentLayout(4, layout.row_bytes, 64))
     dispatch_all(ranks, [0, 4], layout)
     combine_all(ranks, [0, 4])
-    assert [rounds_of(memory) for memory in ranks] == [2, 2]
+    assert [cases.rounds(memory) for memory in ranks] == [2, 2]
     dispatch_all(ranks, [0, 0], layout)
     combine_all(ranks, [0, 0])
-    assert [rounds_of(memory) for memory in ranks] == [2, 2]
+    assert [cases.rounds(memory) for memory in ranks] == [2, 2]
 
 
 def test_every_round_raises_the_flag_at_every_peer_once_and_nothing_is_reset() -> None:
@@ -144,9 +119,9 @@ def test_a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again() -> N
     peer_dispatch(memory, *rows, INPUT_SCALE, sizes)
     with pytest.raises(PeerError, match="rank 2 did not arrive within 1e-07 s"):
         memory.raise_failure()
-    begin = next(TICKS)
+    begin = next(cases.TICKS)
     peer_combine(memory, sizes)
-    assert next(TICKS) - begin < 20  # looks at the clock, where the first wait took a hundred
+    assert next(cases.TICKS) - begin < 20  # looks at the clock, where the first wait took a hundred
 
 
 def test_more_rows_than_the_memory_was_made_for_are_refused() -> None:

@@ -498,3 +498,44 @@ def test_more_ranks_than_gpus_share_them(checkpoint, monkeypatch, gpus, ranks, s
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
 def test_a_fraction_of_the_memory_lies_between_none_and_all(checkpoint, fraction):
     assert "--mem-fraction-static must be between 0 and 1" in refused(checkpoint(), mem_fraction_static=fraction)
+
+
+# Rows between GPU ranks
+
+
+def test_rows_go_through_peer_memory_between_gpu_ranks_unless_told_otherwise(checkpoint, monkeypatch):
+    on_a_gpu(monkeypatch)
+    config = resolved(checkpoint(quantization=NVFP4), **DP2)
+    assert config.moe_comm_backend == "peer"
+    assert "rows to the experts and back: through peer memory, if every rank" in " ".join(config.decisions())
+    config = resolved(checkpoint(quantization=NVFP4), moe_comm_backend="nccl", **DP2)
+    assert config.moe_comm_backend == "nccl" and "rows to the experts and back: nccl" in config.decisions()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({**DP2, "ep_size": 1}, "peer memory needs dp-size = ep-size = tp-size, not 2, 1 and 2"),
+        ({**DP2, "dp_size": 1}, "peer memory needs dp-size = ep-size = tp-size, not 1, 2 and 2"),
+        ({**DP2, "dtype": "float32"}, "peer memory holds results in bfloat16, and activations are float32"),
+    ],
+)
+def test_what_peer_memory_is_not_made_for_takes_nccl_and_asking_for_it_is_refused(
+    checkpoint, monkeypatch, flags, reason
+):
+    on_a_gpu(monkeypatch)
+    config = resolved(checkpoint(quantization=NVFP4), **flags)
+    assert config.moe_comm_backend == "nccl"
+    assert f"rows to the experts and back: nccl ({reason})" in config.decisions()
+    message = refused(checkpoint(quantization=NVFP4), moe_comm_backend="peer", **flags)
+    assert message == f"--moe-comm-backend peer: {reason}; use nccl or auto"
+
+
+@pytest.mark.parametrize("asked", ["nccl", "peer"])
+def test_a_backend_is_refused_where_no_rows_travel_between_gpus(checkpoint, monkeypatch, asked):
+    assert "runs on the CPU, where --cpu-collectives chooses; leave it out" in refused(
+        checkpoint(), moe_comm_backend=asked, device="cpu", **DP2
+    )
+    on_a_gpu(monkeypatch)
+    assert "there is one rank" in refused(checkpoint(), moe_comm_backend=asked)
+    assert resolved(checkpoint()).moe_comm_backend is None

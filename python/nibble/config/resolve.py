@@ -23,6 +23,7 @@ OLDEST_FP4_ARCH = (10, 0)
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_LATENT_SIZES = (512, 64)
 LARGEST_DEFAULT_GRAPH = 256
+PEER_ROW_UNIT = 16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8_e4m3": 1}
 
 
@@ -55,6 +56,12 @@ class EngineConfig:
     """Why there are none on a GPU, if so."""
     no_c_kernels: str | None
     """Why auto did not choose what is written in C (kernels, shared memory), if so."""
+    moe_comm_backend: str | None
+    """What carries the experts' rows between GPU ranks: "nccl", or "peer" if start-up finds that it works. None where
+    none travel between GPU ranks.
+    """
+    no_peer_memory: str | None
+    """Why auto did not choose peer memory for that, if so."""
     cpu_collectives: str
     """Between processes of one host; on GPUs they serve the step's sizes only, and NCCL the rows."""
     cpu_threads: int
@@ -79,6 +86,7 @@ class EngineConfig:
             f"ranks: tp={parallel.tp_size} dp={parallel.dp_size} ep={parallel.ep_size}, "
             f"collectives: {collectives if parallel.world_size > 1 else 'none (one rank)'}",
             *self._split_in_words(),
+            *self._moe_comm_in_words(),
             f"device: {self._device_in_words()}, activations: {self.dtype}, "
             f"kernels: {self.kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
@@ -115,6 +123,13 @@ class EngineConfig:
             return " (the checkpoint's scales are for keys and values of heads, and latent vectors are cached)"
         return "" if self.kv_cache_dtype == "fp8_e4m3" else " (the checkpoint has scales for fp8_e4m3)"
 
+    def _moe_comm_in_words(self) -> list[str]:
+        if self.moe_comm_backend is None:
+            return []
+        if self.moe_comm_backend == "peer":
+            return ["rows to the experts and back: through peer memory, if every rank can reach that of all others"]
+        return ["rows to the experts and back: nccl" + (f" ({self.no_peer_memory})" if self.no_peer_memory else "")]
+
     def _device_in_words(self) -> str:
         if self.device == "cuda":
             return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each)"
@@ -136,6 +151,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
     dtype = ("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype
     kernels, no_c_kernels = _resolve_kernels(args, on_gpu, machine)
     moe_kernel = _resolve_moe_kernel(args, kernels, on_gpu, machine)
+    moe_comm_backend, no_peer_memory = _resolve_moe_comm_backend(args, model, parallel, dtype, on_gpu)
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
     kv_cache_dtype = _resolve_kv_cache_dtype(args, model, quantization)
     attention_backend, no_flashinfer = _resolve_attention(args, model, kernels, (dtype, kv_cache_dtype))
@@ -161,6 +177,8 @@ def resolve(args: ServerArgs) -> EngineConfig:
         cuda_graph_rows=() if no_cuda_graph else _cuda_graph_rows(args),
         no_cuda_graph=no_cuda_graph if on_gpu else None,
         no_c_kernels=no_c_kernels,
+        moe_comm_backend=moe_comm_backend,
+        no_peer_memory=no_peer_memory,
         cpu_collectives=cpu_collectives,
         cpu_threads=args.cpu_threads or max(1, len(machine.cpu_cores) // parallel.world_size),
         rank_cores=None if on_gpu else _resolve_rank_cores(args, machine.cpu_cores, parallel.world_size),
@@ -311,6 +329,40 @@ def _why_not_cutlass(machine: Capability) -> str | None:
     if not machine.has_flashinfer:
         return "needs FlashInfer, which is not installed (pip install 'nibble[cuda13]' or 'nibble[cuda12]')"
     return None
+
+
+def _resolve_moe_comm_backend(
+    args: ServerArgs, model: ModelConfig, parallel: ParallelConfig, dtype: str, on_gpu: bool
+) -> tuple[str | None, str | None]:
+    """The backend, and why auto does without peer memory."""
+    asked = args.moe_comm_backend
+    if nothing_travels := _why_no_rows_between_gpu_ranks(model, parallel, on_gpu):
+        if asked != "auto":
+            raise ConfigError(f"--moe-comm-backend {asked}: {nothing_travels}; leave it out")
+        return None, None
+    no_peer_memory = None
+    if parallel.attn_tp_size > 1 or parallel.moe_tp_size > 1:
+        no_peer_memory = (
+            f"peer memory needs dp-size = ep-size = tp-size, not {parallel.dp_size}, {parallel.ep_size} and "
+            f"{parallel.tp_size}"
+        )
+    elif dtype != "bfloat16":
+        no_peer_memory = f"peer memory holds results in bfloat16, and activations are {dtype}"
+    elif model.hidden_size % PEER_ROW_UNIT:
+        no_peer_memory = f"peer memory needs rows of a multiple of {PEER_ROW_UNIT} values, not {model.hidden_size}"
+    if asked == "peer" and no_peer_memory:
+        raise ConfigError(f"--moe-comm-backend peer: {no_peer_memory}; use nccl or auto")
+    if asked == "nccl":
+        return "nccl", None
+    return ("nccl", no_peer_memory) if no_peer_memory else ("peer", None)
+
+
+def _why_no_rows_between_gpu_ranks(model: ModelConfig, parallel: ParallelConfig, on_gpu: bool) -> str | None:
+    if not on_gpu:
+        return "this engine runs on the CPU, where --cpu-collectives chooses"
+    if model.moe is None:
+        return f"{model.architecture} has no experts"
+    return "there is one rank" if parallel.world_size == 1 else None
 
 
 def _resolve_rank_cores(args: ServerArgs, cores: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...] | None:

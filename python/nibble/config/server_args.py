@@ -81,6 +81,12 @@ class ServerArgs:
         "Kernels of the experts. Only auto chooses, and it logs what it chose.",
         choices=("auto", "flashinfer_cutlass", "triton", "torch", "c"),
     )
+    moe_comm_backend: str = flag(
+        "auto",
+        "What brings rows to experts on other GPU ranks, and sums back. peer: memory that all ranks map, one kernel "
+        "each way; auto: peer where it works, nccl elsewhere.",
+        choices=("auto", "nccl", "peer"),
+    )
 
     attention_backend: str = flag(
         "auto",

@@ -1,13 +1,24 @@
 """This rank's place among the ranks, its device and its communicators."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.communicator import CPU, Communicator, SingleRankCommunicator
+from nibble.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nibble.distributed.peer_memory import PeerMemory
+
+logger = logging.getLogger(__name__)
+
+PEER_PATIENCE = 0.8
+"""Of --dist-timeout: kernels that wait in peer memory say who is missing before NCCL, which can't, gives up."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class ParallelState:
     dp_group: Communicator
     cpu_group: Communicator
     ep_size: int = 1
+    peer_memory: "PeerMemory | None" = None
+    """What carries the experts' rows between the ranks of `tp_group`; None leaves it to the group."""
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +86,7 @@ def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> Paral
         dp_group=meeting.join("dp", dp),
         cpu_group=meeting.join_on_cpu("tp", tp),
         ep_size=sizes.ep_size,
+        peer_memory=meeting.open_peer_memory("tp", tp) if config.moe_comm_backend == "peer" else None,
     )
 
 
@@ -103,6 +117,27 @@ class _Meeting:
         if key not in self._on_cpu:
             self._on_cpu[key] = self._join_on_cpu(name, members)
         return self._on_cpu[key]
+
+    def open_peer_memory(self, name: str, members: Sequence[int]) -> "PeerMemory | None":
+        """That of `members`, watched by their group on the GPU; None if --moe-comm-backend auto has to do without."""
+        from nibble.distributed.peer_memory import PeerMemoryUnavailable, open_peer_memory, segment_layout
+        from nibble.distributed.pynccl import PyNcclCommunicator
+
+        group, args = self.join(name, members), self.config.args
+        assert isinstance(group, PyNcclCommunicator)
+        layout, patience_s = segment_layout(self.config), PEER_PATIENCE * args.dist_timeout
+        try:
+            memory = open_peer_memory(self.join_on_cpu(name, members), group.device, layout, patience_s)
+        except PeerMemoryUnavailable as error:
+            if args.moe_comm_backend == "peer":
+                raise ConfigError(f"--moe-comm-backend peer: {error}; use nccl or auto") from error
+            if self.rank == 0:
+                logger.warning("rows go to the experts and back through NCCL, because without peer memory: %s", error)
+            return None
+        if self.rank == 0:
+            logger.info("peer memory: %d MiB a rank, for steps of %d rows", layout.num_bytes >> 20, layout.max_rows)
+        group.watch(memory.raise_failure)
+        return memory
 
     def _join_on_gpu(self, name: str, members: Sequence[int]) -> Communicator:
         if len(members) == 1:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nibble.config.resolve import EngineConfig
 from nibble.distributed.communicator import CollectiveError, Communicator, PeerError
 from nibble.distributed.cuda_ipc import HANDLE_BYTES, CudaIpc, CudaIpcError, as_tensor
+from nibble.kernels.torch.wire_row import WireRowLayout
 from nibble.kernels.triton.nvfp4_tiles import num_multiprocessors
 from nibble.kernels.triton.peer_sync import (
     FAILURE_ADDRESS,
@@ -50,6 +52,16 @@ class SegmentLayout:
         object.__setattr__(self, "num_bytes", _align(partial_offset + self.max_rows * self.hidden_size * 2))
 
 
+def segment_layout(config: EngineConfig) -> SegmentLayout:
+    """For the largest step: on every rank a whole chunk of a prompt beside all other requests, or the largest graph."""
+    model, args = config.model, config.args
+    assert model.moe is not None
+    most_rows = max(args.chunked_prefill_size + args.max_running_requests, *config.cuda_graph_rows, 0)
+    fp4 = config.fp4_allgather.enabled
+    row_bytes = WireRowLayout(model.hidden_size, model.moe.top_k).row_bytes if fp4 else 0
+    return SegmentLayout(config.parallel.world_size * most_rows, row_bytes, model.hidden_size)
+
+
 class PeerMemory:
     """This rank's segment, and where the segments of all ranks are mapped."""
 
@@ -78,6 +90,10 @@ class PeerMemory:
         self.num_multiprocessors = num_multiprocessors(device)
         self.teardown = ExitStack()
         """What `close` undoes."""
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether a step with this many rows on all ranks together can go through the memory."""
+        return num_rows <= self.layout.max_rows
 
     def rows(self, num_rows: int, row_bytes: int) -> Tensor:
         """The first rows that all ranks have brought: uint8 [num_rows, row_bytes]."""
@@ -109,7 +125,7 @@ class PeerMemory:
         self.teardown.close()
 
     def _check_fits(self, num_rows: int) -> None:
-        if num_rows > self.layout.max_rows:
+        if not self.fits(num_rows):
             raise ValueError(
                 f"{num_rows} rows of all ranks in one step, and the peer memory was sized for {self.layout.max_rows}"
             )

@@ -89,6 +89,7 @@ class PyNcclCommunicator(Communicator):
         self._cuda = cuda
         self._timeout_s = timeout_s
         self._not_waited_for = 0  # collectives launched since `synchronize`
+        self._watched: list[Callable[[], None]] = []
         try:
             self._comm: Comm | None = self._join(bootstrap)
         except (CollectiveError, NcclError) as error:
@@ -118,6 +119,12 @@ class PyNcclCommunicator(Communicator):
         """
         self._refuse_during_capture("synchronize")
         super()._run(self._suspect("synchronize"), self._wait, self._timeout_s if timeout_s is None else timeout_s)
+
+    def watch(self, raise_failure: Callable[[], None]) -> None:
+        """Has `synchronize` and `check` call this, which raises PeerError once kernels that meet peers without NCCL
+        have missed one.
+        """
+        self._watched.append(raise_failure)
 
     def check(self) -> None:
         """Raises CollectiveError, and closes the group, if NCCL noticed a failure by itself. Waits for nothing."""
@@ -242,6 +249,8 @@ class PyNcclCommunicator(Communicator):
     def _poll(self) -> None:
         assert self._comm is not None
         self._nccl.raise_async_error(self._comm)
+        for raise_failure in self._watched:
+            raise_failure()
 
     def _suspect(self, call: str) -> str:
         """What an error that `call` finds is attributed to."""

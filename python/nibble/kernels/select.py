@@ -10,8 +10,10 @@ from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 
 Matmul = Callable[[Tensor], Tensor]
 """`x [T, K]` to [T, N], fp32 or bf16."""
-Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`x_fp4 [S, H/2], x_scale [S, H/16], topk_ids [S, K], topk_weights [S, K]` to [S, H], fp32 or bf16."""
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""`x_fp4 [S, H/2], x_scale [S, H/16], topk_ids [S, K], topk_weights [S, K]` to [S, H], fp32 or bf16: a new tensor, or
+the last argument, bf16.
+"""
 
 
 @dataclass(frozen=True)

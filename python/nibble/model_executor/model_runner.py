@@ -65,6 +65,12 @@ class ModelRunner:
         args = self.config.args
         return self.parallel.rank == 0 and args.log_level in ("info", "debug") and args.log_format == "text"
 
+    @property
+    def _peer_memory_bytes(self) -> int:
+        """Which are not PyTorch's."""
+        memory = self.parallel.peer_memory
+        return memory.layout.num_bytes if memory else 0
+
     def _allocate_cache(self, num_pages: int) -> None:
         config = self.config
         dtype = torch_dtype(config.kv_cache_dtype)
@@ -75,7 +81,7 @@ class ModelRunner:
     def _pages_that_fit(self, activations: int) -> int:
         """Pages of KV cache beside weights and activations in this rank's share of its GPU, the same on all ranks."""
         config, args = self.config, self.config.args
-        weights = torch.cuda.memory_allocated(self.device)
+        weights = torch.cuda.memory_allocated(self.device) + self._peer_memory_bytes
         self.parallel.cpu_group.barrier()  # all ranks of a GPU have their weights, and none its cache
         free, total = torch.cuda.mem_get_info(self.device)
         share = min(
@@ -91,8 +97,9 @@ class ModelRunner:
         if pages * args.page_size < config.context_length:
             raise ConfigError(
                 f"{pages * args.page_size} tokens of KV cache fit into this rank's share of the GPU "
-                f"({total / config.ranks_per_gpu / 2**20:.0f} MiB, of which weights take {weights / 2**20:.0f} and the "
-                f"largest step {activations / 2**20:.0f}), fewer than one request of --context-length "
+                f"({total / config.ranks_per_gpu / 2**20:.0f} MiB, of which weights and peer memory take "
+                f"{weights / 2**20:.0f} and the largest step {activations / 2**20:.0f}), fewer than one request of "
+                f"--context-length "
                 f"{config.context_length} needs; lower --context-length or --chunked-prefill-size, or raise "
                 "--mem-fraction-static"
             )

@@ -82,12 +82,14 @@ class Nvfp4MoE:
         weights = (self.w13.codes, self.w13.scales, self.w2.codes, self.w2.scales, *self.scales)
         self._experts = first_expert, len(packed.w2), *(x.data_ptr() for x in weights)
 
-    def __call__(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def __call__(
+        self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         rows, top_k = topk_ids.shape
-        out = torch.empty(rows, self.hidden)
+        result = torch.empty(rows, self.hidden)
         c_kernels().fused_moe_nvfp4(
             x_fp4.data_ptr(), x_fp4.stride(0), x_scale.data_ptr(), x_scale.stride(0),
             topk_ids.data_ptr(), topk_ids.stride(0), topk_weights.data_ptr(), topk_weights.stride(0),
-            rows, self.hidden, self.width, top_k, *self._experts, out.data_ptr(),
+            rows, self.hidden, self.width, top_k, *self._experts, result.data_ptr(),
         )  # fmt: skip
-        return out
+        return result if out is None else out.copy_(result)

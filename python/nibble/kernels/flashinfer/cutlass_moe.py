@@ -75,14 +75,16 @@ class CutlassNvfp4MoE:
         parameters = inspect.signature(cutlass_fused_moe).parameters
         self.options = {"use_fused_finalize": False} if "use_fused_finalize" in parameters else {}
 
-    def __call__(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def __call__(
+        self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """The contract of `fused_moe_nvfp4`, with bf16 [S, H] as result; no rows launch nothing.
 
         `x_fp4` [S, H/2], `x_scale` [S, H/16], `topk_ids` and `topk_weights` [S, K] may be views of wire rows; what
         is not contiguous is copied.
         """
         rows = x_fp4.shape[0]
-        out = x_fp4.new_empty(rows, self.padded_hidden, dtype=torch.bfloat16)
+        result = x_fp4.new_empty(rows, self.padded_hidden, dtype=torch.bfloat16)
         if rows > 0:
             self.fused_moe(
                 input=_pad(x_fp4, rows, self.padded_hidden // 2),
@@ -96,11 +98,12 @@ class CutlassNvfp4MoE:
                 swizzled_input_sf=False,
                 ep_size=self.ep_size,
                 ep_rank=self.ep_rank,
-                output=out,
+                output=result,
                 tune_max_num_tokens=max(_TUNED_ROWS, 1 << (rows - 1).bit_length()),
                 **self.options,
             )
-        return out[:, : self.hidden_size].contiguous()
+        result = result[:, : self.hidden_size]
+        return result.contiguous() if out is None else out.copy_(result)
 
 
 def _round_up(size: int) -> int:

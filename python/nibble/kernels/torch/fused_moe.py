@@ -125,8 +125,11 @@ class Nvfp4MoE:
         )
         self.first_expert = first_expert
 
-    def __call__(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        return fused_moe_nvfp4(x_fp4, x_scale, topk_ids, topk_weights, self.weights, self.first_expert)
+    def __call__(
+        self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        result = fused_moe_nvfp4(x_fp4, x_scale, topk_ids, topk_weights, self.weights, self.first_expert)
+        return result if out is None else out.copy_(result)
 
 
 def _dequantize_stack(values: Tensor, scales: Tensor) -> Tensor:

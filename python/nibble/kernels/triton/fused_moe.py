@@ -78,12 +78,15 @@ class Nvfp4MoE:
         self.w2_input_scale = packed.w2_input_scale
         self.g2 = packed.g2 / WEIGHT_UNIT
 
-    def __call__(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The contract of `fused_moe_nvfp4`, with [S, H] of `dtype` as result; no rows launch nothing.
+    def __call__(
+        self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """The contract of `fused_moe_nvfp4`, with [S, H] of `dtype` as result, `out` if given; no rows launch nothing.
 
         `x_fp4` [S, H/2], `x_scale` [S, H/16], `topk_ids` and `topk_weights` [S, K] may be views of wire rows.
         """
-        out = x_fp4.new_empty(x_fp4.shape[0], self.hidden_size, dtype=self.dtype)
+        if out is None:
+            out = x_fp4.new_empty(x_fp4.shape[0], self.hidden_size, dtype=self.dtype)
         arguments = (x_fp4, x_scale, topk_ids, topk_weights, out)
         if len(out) > 0:
             for part in zip(*(tensor.split(_MAX_ROWS) for tensor in arguments), strict=True):

@@ -41,13 +41,13 @@ def peer_combine(memory: PeerMemory, sizes: Sequence[int]) -> Tensor:
     out = torch.empty(num_rows, hidden_size, dtype=torch.bfloat16, device=memory.segment.device)
     if not any(sizes):
         return out
-    meet_kernel[(1,)](memory.segment, memory.rank, WORLD_SIZE=memory.world_size, num_warps=1)
+    peer_meet(memory)
     if num_rows == 0:
         return out
     programs = num_rows * triton.cdiv(hidden_size, TILING.columns)
     if TILING.programs_per_multiprocessor:
         programs = min(programs, TILING.programs_per_multiprocessor * memory.num_multiprocessors)
-    _sum_kernel[(programs,)](
+    _peer_sum_kernel[(programs,)](
         out,
         memory.segment,
         sum(sizes[: memory.rank]),
@@ -65,8 +65,13 @@ def peer_combine(memory: PeerMemory, sizes: Sequence[int]) -> Tensor:
     return out
 
 
+def peer_meet(memory: PeerMemory) -> None:
+    """Lets kernels that follow see what all ranks have stored in the segments before they came here."""
+    meet_kernel[(1,)](memory.segment, memory.rank, WORLD_SIZE=memory.world_size, num_warps=1)
+
+
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
-def _sum_kernel(
+def _peer_sum_kernel(
     out_ptr,
     segment_ptr,
     first_row,

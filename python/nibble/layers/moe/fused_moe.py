@@ -66,9 +66,25 @@ def _make_method(config: EngineConfig, parallel: ParallelState, prefix: str) -> 
     assert moe is not None
     names = [f"{prefix}.{expert}.{part}" for expert in range(moe.num_experts) for part in PROJECTIONS]
     if config.quantization is None or not config.quantization.is_quantized(*names):
-        return UnquantizedFusedMoEMethod(config, parallel), AllGatherDispatcher()
+        return UnquantizedFusedMoEMethod(config, parallel), _make_dispatcher(parallel)
     fp4_dispatcher = None
     if config.fp4_allgather.enabled:
-        fp4_dispatcher = Fp4AllGatherDispatcher(config, moe.top_k)
+        fp4_dispatcher = _make_fp4_dispatcher(config, parallel, moe.top_k)
     method = ModelOptNvFp4FusedMoEMethod(config, parallel, fp4_dispatcher)
-    return method, fp4_dispatcher or AllGatherDispatcher()
+    return method, fp4_dispatcher or _make_dispatcher(parallel)
+
+
+def _make_dispatcher(parallel: ParallelState) -> AllGatherDispatcher:
+    if parallel.peer_memory is None:
+        return AllGatherDispatcher()
+    from nibble.layers.moe.peer_dispatcher import PeerCombineDispatcher
+
+    return PeerCombineDispatcher(parallel.peer_memory)
+
+
+def _make_fp4_dispatcher(config: EngineConfig, parallel: ParallelState, top_k: int) -> Fp4AllGatherDispatcher:
+    if parallel.peer_memory is None:
+        return Fp4AllGatherDispatcher(config, top_k)
+    from nibble.layers.moe.peer_dispatcher import PeerMemoryDispatcher
+
+    return PeerMemoryDispatcher(config, top_k, parallel.peer_memory)

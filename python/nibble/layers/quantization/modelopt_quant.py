@@ -163,9 +163,8 @@ class ModelOptNvFp4FusedMoEMethod:
     def apply(self, rows: GatheredRows | UnpackedRows) -> torch.Tensor:
         if isinstance(rows, GatheredRows):
             x_fp4, x_scale = quantize_nvfp4(rows.x, self.input_scale)
-        else:
-            x_fp4, x_scale = rows.x_fp4, rows.x_scale
-        return self.kernel(x_fp4, x_scale, rows.topk_ids, rows.topk_weights).to(self.dtype)
+            return self.kernel(x_fp4, x_scale, rows.topk_ids, rows.topk_weights, None).to(self.dtype)
+        return self.kernel(rows.x_fp4, rows.x_scale, rows.topk_ids, rows.topk_weights, rows.out).to(self.dtype)
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget | None]:
         targets: dict[str, WeightTarget | None] = {}
