@@ -71,10 +71,12 @@ def prompt(rank: int, length: int) -> list[int]:
     return [(7 * rank + 3 * position) % 120 + 1 for position in range(length)]
 
 
-def forward(rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str, device: str = "cpu") -> dict:
+def forward(
+    rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str, device: str = "cpu", moe_comm: str = "auto"
+) -> dict:
     """One prefill with `sizes[rank]` tokens on each rank: the rank's logits, and what it did for them."""
     torch.set_num_threads(1)
-    runner = shared_runner(rank, Path(folder), fp4, backend, device)
+    runner = shared_runner(rank, Path(folder), fp4, backend, device, moe_comm)
     mine = prompt(rank.rank, sizes[rank.rank])
     with recorded_collectives(runner.parallel.dp_group) as collectives, recorded_attention() as attention_rows:
         if mine:
@@ -91,9 +93,9 @@ def forward(rank: Rank, folder: str, sizes: list[int], fp4: bool, backend: str, 
     }
 
 
-def shared_runner(rank: Rank, folder: Path, fp4: bool, backend: str, device: str) -> ModelRunner:
+def shared_runner(rank: Rank, folder: Path, fp4: bool, backend: str, device: str, moe_comm: str) -> ModelRunner:
     """The runner of all tests with these arguments, one after the other."""
-    name = f"runner {fp4} {backend} {device}"
+    name = f"runner {fp4} {backend} {device} {moe_comm}"
     if name not in rank.state:
         config = engine_config(
             folder,
@@ -106,6 +108,7 @@ def shared_runner(rank: Rank, folder: Path, fp4: bool, backend: str, device: str
             disable_flashinfer_cutlass_moe_fp4_allgather=not fp4,
             cpu_collectives=backend,
             device=device,
+            moe_comm_backend=moe_comm,
             log_level="error",
         )
         assert config.fp4_allgather.enabled == fp4

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from nibble.distributed.communicator import CollectiveError
 from nibble.distributed.parallel_state import initialize_parallel
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
@@ -19,12 +20,12 @@ PAGE_SIZE = 4
 PAGES_EACH = 10
 
 
-def check_replays(rank: Rank, sizes: list[list[int]]) -> None:
+def check_replays(rank: Rank, sizes: list[list[int]], moe_comm: str) -> None:
     """Decodes `sizes[…][rank]` sequences: replayed, launched kernel by kernel with padding, and without any.
 
     The first two must be the same bits. The third has other shapes, which the order of sums may depend on.
     """
-    runner = _runner(rank)
+    runner = _runner(rank, moe_comm)
     graphs = runner._graphs
     assert graphs is not None
     _prefill(runner, rank)
@@ -44,8 +45,25 @@ def check_replays(rank: Rank, sizes: list[list[int]]) -> None:
         assert torch.equal(replayed, through_forward)
 
 
-def _runner(rank: Rank) -> ModelRunner:
-    if "runner" not in rank.state:
+def miss_the_last_rank(rank: Rank) -> str:
+    """The last rank stays away from a replay through peer memory. Returns what the others' forward pass raises."""
+    runner = _runner(rank, "peer", dist_timeout=5.0)
+    _prefill(runner, rank)
+    rows = [2] * rank.world_size
+    runner.forward(_decode(2, length=20, first_token=0), rows, decodes_only=True)
+    runner.parallel.cpu_group.barrier()
+    if rank.rank == rank.world_size - 1:
+        return ""
+    try:
+        runner.forward(_decode(2, length=21, first_token=0), rows, decodes_only=True)
+    except CollectiveError as error:
+        return str(error)
+    return "no error"
+
+
+def _runner(rank: Rank, moe_comm: str, dist_timeout: float = 60.0) -> ModelRunner:
+    name = f"runner-{moe_comm}-{dist_timeout:g}"
+    if name not in rank.state:
         config = engine_config(
             DEMO_MODEL,
             device="cuda",
@@ -57,11 +75,15 @@ def _runner(rank: Rank) -> ModelRunner:
             ep_size=rank.world_size,
             enable_dp_attention=True,
             enable_flashinfer_cutlass_moe=True,
+            moe_comm_backend=moe_comm,
+            dist_timeout=dist_timeout,
             log_level="error",
         )
         assert config.cuda_graph_rows == (1, 2, 4, 8)
-        rank.state["runner"] = ModelRunner(config, initialize_parallel(config, rank.rank, rank.run_dir))
-    runner: ModelRunner = rank.state["runner"]
+        run_dir = rank.run_dir / name
+        run_dir.mkdir(mode=0o700, exist_ok=True)
+        rank.state[name] = ModelRunner(config, initialize_parallel(config, rank.rank, run_dir))
+    runner: ModelRunner = rank.state[name]
     return runner
 
 

@@ -24,14 +24,30 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             yield processes
 
 
-def test_a_replay_is_bit_equal_to_its_kernels_even_uneven_and_with_idle_ranks(ranks: RankProcesses) -> None:
+@pytest.mark.parametrize("moe_comm", ["nccl", "peer"])
+def test_a_replay_is_bit_equal_to_its_kernels_even_uneven_and_with_idle_ranks(
+    ranks: RankProcesses, moe_comm: str
+) -> None:
     """Ranks that choose a graph each by their own rows read memory of no one: all take that of the fullest rank."""
     world_size = ranks.world_size
+    if world_size == 1:
+        if moe_comm == "peer":
+            pytest.skip("one rank has no peers")
+        moe_comm = "auto"
     uneven = [[(5 * rank + step) % 8 + 1 for rank in range(world_size)] for step in range(3)]
     one_idle = [[0 if rank == idle else 3 for rank in range(world_size)] for idle in range(min(world_size, 3))]
     only_last = [[0] * (world_size - 1) + [2]]
     sizes = [[1] * world_size, [8] * world_size, *uneven, *(one_idle if world_size > 1 else []), *only_last]
-    ranks.run(on_rank.check_replays, sizes=sizes)
+    ranks.run(on_rank.check_replays, sizes=sizes, moe_comm=moe_comm)
+
+
+def test_a_rank_that_stays_away_from_a_replay_is_named_by_the_others_before_nccl_gives_up(ranks: RankProcesses) -> None:
+    if ranks.world_size != 4:
+        pytest.skip("one number of ranks is enough")
+    *others, away = ranks.run(on_rank.miss_the_last_rank)
+    missing = "rank 3 did not arrive within 4 s in a dispatch or combine through peer memory"
+    assert away == ""
+    assert all(missing in message for message in others), others
 
 
 def test_greedy_text_is_the_same_with_and_without_graphs() -> None:

@@ -38,15 +38,31 @@ def ranks(request, tmp_path_factory) -> Iterator[RankProcesses]:
             yield processes
 
 
-def test_fp4_gather_on_and_off_give_the_same_bits(ranks, checkpoint):
+def forward(ranks, checkpoint, sizes, fp4, moe_comm):
+    arguments = {"folder": str(checkpoint), "sizes": sizes, "backend": "shared_memory", "device": "cuda"}
+    return ranks.run(on_cpu.forward, fp4=fp4, moe_comm=moe_comm if ranks.world_size > 1 else "auto", **arguments)
+
+
+@pytest.mark.parametrize("moe_comm", ["nccl", "peer"])
+def test_fp4_gather_on_and_off_give_the_same_bits(ranks, checkpoint, moe_comm):
+    if ranks.world_size == 1 and moe_comm == "peer":
+        pytest.skip("one rank has no peers")
     for sizes in SIZES[ranks.world_size]:
-        arguments = {"folder": str(checkpoint), "sizes": sizes, "backend": "shared_memory", "device": "cuda"}
-        on = ranks.run(on_cpu.forward, fp4=True, **arguments)
-        off = ranks.run(on_cpu.forward, fp4=False, **arguments)
+        on, off = (forward(ranks, checkpoint, sizes, fp4, moe_comm) for fp4 in (True, False))
         assert [result["bits"] for result in on] == [result["bits"] for result in off], sizes
         for result, size in zip(on, sizes, strict=True):
             assert len(result["logits"]) == size
             assert torch.tensor(result["logits"]).isfinite().all()
+
+
+def test_peer_memory_and_nccl_differ_by_the_rounding_of_sums_only(ranks, checkpoint):
+    """NCCL may round to bf16 after each term, peer memory rounds once."""
+    if ranks.world_size == 1:
+        pytest.skip("one rank has no peers")
+    for sizes in SIZES[ranks.world_size]:
+        through_nccl, through_peers = (forward(ranks, checkpoint, sizes, True, backend) for backend in ("nccl", "peer"))
+        for a, b in zip(through_nccl, through_peers, strict=True):
+            torch.testing.assert_close(torch.tensor(a["logits"]), torch.tensor(b["logits"]), rtol=0.05, atol=0.05)
 
 
 @cache
