@@ -12,9 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from checkpoints import COMMON
-from nibble.distributed import parallel_state, pynccl
+from nibble.distributed import parallel_state, peer_memory, pynccl
 from nibble.distributed.communicator import Communicator, SingleRankCommunicator
 from nibble.distributed.parallel_state import ParallelState, initialize_parallel
+from nibble.utils.errors import ConfigError
 from runners import engine_config
 
 SPLITS = [(tp, dp, ep) for tp in (1, 2, 4, 8) for dp in (1, 2, 4, 8) for ep in (1, 2, 4, 8) if max(dp, ep) <= tp]
@@ -106,3 +107,42 @@ def test_dense_layers_are_split_inside_the_attention_group_or_not_at_all(states)
         assert state.dense_tp_group is state.attn_tp_group
     for state in states(4, 2, 2, moe_dense_tp_size=1):
         assert state.dense_tp_group.world_size == 1 and state.attn_tp_group.world_size == 2
+
+
+def open_peer_memory(tmp_path: Path, asked: str, opened: mock.Mock) -> tuple[object, mock.Mock]:
+    """What rank 0 of two gets where `opened` stands for the memory's own function, and its group on the GPU."""
+    content = {**COMMON, **MOE, "architectures": ["Qwen3MoeForCausalLM"], "rms_norm_eps": 1e-6}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    sizes = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}
+    config = engine_config(tmp_path, chunked_prefill_size=96, max_running_requests=10, dist_timeout=50.0, **sizes)
+    meeting = parallel_state._Meeting(replace(config, args=replace(config.args, moe_comm_backend=asked)), 0, tmp_path)
+    group = mock.Mock()
+    with (
+        mock.patch.object(meeting, "join", return_value=group),
+        mock.patch.object(meeting, "join_on_cpu"),
+        mock.patch.object(peer_memory, "open_peer_memory", opened),
+    ):
+        return meeting.open_peer_memory("tp", range(2)), group
+
+
+def test_peer_memory_holds_a_chunk_beside_all_requests_of_every_rank_and_its_group_watches_it(tmp_path):
+    opened = mock.Mock()
+    memory, group = open_peer_memory(tmp_path, "auto", opened)
+    assert memory is opened.return_value
+    _, device, layout, patience_s = opened.call_args.args
+    assert device is group.device and layout.max_rows == 2 * (96 + 10)
+    assert patience_s == 40, "shorter than the group's 50 s"
+    group.watch.assert_called_once_with(opened.return_value.raise_failure)
+
+
+def test_where_memory_cannot_be_reached_auto_does_without_and_rank_0_says_why(tmp_path, caplog):
+    opened = mock.Mock(side_effect=peer_memory.PeerMemoryUnavailable("rank 1: no peer access"))
+    memory, group = open_peer_memory(tmp_path, "auto", opened)
+    assert memory is None and not group.watch.called
+    assert "through NCCL; no peer memory: rank 1: no peer access" in caplog.text
+
+
+def test_where_memory_cannot_be_reached_asking_for_it_is_an_error(tmp_path):
+    opened = mock.Mock(side_effect=peer_memory.PeerMemoryUnavailable("rank 1: no peer access"))
+    with pytest.raises(ConfigError, match=r"^--moe-comm-backend peer: rank 1: no peer access; use nccl or auto$"):
+        open_peer_memory(tmp_path, "peer", opened)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from nibble.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from nibble.distributed.peer_memory import PeerMemory
+    from nibble.distributed.pynccl import PyNcclCommunicator
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +122,8 @@ class _Meeting:
     def open_peer_memory(self, name: str, members: Sequence[int]) -> "PeerMemory | None":
         """That of `members`, watched by their group on the GPU; None if --moe-comm-backend auto has to do without."""
         from nibble.distributed.peer_memory import PeerMemoryUnavailable, open_peer_memory, segment_layout
-        from nibble.distributed.pynccl import PyNcclCommunicator
 
-        group, args = self.join(name, members), self.config.args
-        assert isinstance(group, PyNcclCommunicator)
+        group, args = cast("PyNcclCommunicator", self.join(name, members)), self.config.args
         layout, patience_s = segment_layout(self.config), PEER_PATIENCE * args.dist_timeout
         try:
             memory = open_peer_memory(self.join_on_cpu(name, members), group.device, layout, patience_s)
@@ -132,7 +131,7 @@ class _Meeting:
             if args.moe_comm_backend == "peer":
                 raise ConfigError(f"--moe-comm-backend peer: {error}; use nccl or auto") from error
             if self.rank == 0:
-                logger.warning("rows go to the experts and back through NCCL, because without peer memory: %s", error)
+                logger.warning("rows go to the experts and back through NCCL; no peer memory: %s", error)
             return None
         if self.rank == 0:
             logger.info("peer memory: %d MiB a rank, for steps of %d rows", layout.num_bytes >> 20, layout.max_rows)
