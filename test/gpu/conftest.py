@@ -13,6 +13,10 @@ COMPILED_BY_FLASHINFER = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--stress-steps", type=int, default=1000, help="steps of test_peer_memory.py's stress test")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

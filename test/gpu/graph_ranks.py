@@ -47,7 +47,7 @@ def check_replays(rank: Rank, sizes: list[list[int]], moe_comm: str) -> None:
 
 def miss_the_last_rank(rank: Rank) -> str:
     """The last rank stays away from a replay through peer memory. Returns what the others' forward pass raises."""
-    runner = _runner(rank, "peer", dist_timeout=5.0)
+    runner = _runner(rank, "peer", dist_timeout=10.0)
     _prefill(runner, rank)
     rows = [2] * rank.world_size
     runner.forward(_decode(2, length=20, first_token=0), rows, decodes_only=True)

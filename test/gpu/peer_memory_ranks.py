@@ -1,6 +1,8 @@
 """What one rank does in the tests of peer memory. All ranks share GPU 0. Runs in the processes of `rank_processes`."""
 
+import random
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from nibble.distributed.shared_memory import SharedMemoryCommunicator
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
+from nibble.kernels.triton.wire_row import quantize_pack as triton_quantize_pack
 from rank_processes import Rank
 
 DEVICE = torch.device("cuda", 0)
@@ -117,6 +120,47 @@ def check_closeness(rank: Rank, sizes: list[int]) -> list[float]:
     _, out = step.run()
     finish(step.memory)
     return [float((result.cpu().double() - truth).abs().mean()) for result in (out, ring)]
+
+
+def wrong_values_of_many_steps(rank: Rank, steps: int) -> list[int]:
+    """Wrong bytes of gathered rows and wrong sums, counted on the device. Nothing but the memory makes ranks meet.
+
+    In every step each rank has 0 to 8 rows of one of several inputs, and some ranks' GPU work or host stops a while.
+    """
+    memory, world_size, most = shared(rank), rank.world_size, 8
+    same, own = random.Random(0), random.Random(rank.rank + 1)
+    scale = INPUT_SCALE.to(DEVICE)
+    inputs = []
+    for seed in range(5):
+        rows = [[x.to(DEVICE) for x in of_rank] for of_rank in cases.rows_of([most] * world_size, LAYOUT, seed)]
+        partials = [x.to(DEVICE) for x in cases.partials_of([most] * world_size, LAYOUT.hidden_size, seed)]
+        wire = [triton_quantize_pack(*of_rank, scale) for of_rank in rows]
+        inputs.append((rows[rank.rank], wire, partials[rank.rank], cases.sum_by_rank(partials).bfloat16()))
+    wrong = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    for step in range(steps):
+        rows, wire, partial, total = inputs[same.randrange(5)]
+        sizes = [same.randrange(most + 1) for _ in range(world_size)]
+        start, size = sum(sizes[: rank.rank]), sizes[rank.rank]
+        delay(own)
+        gathered = peer_dispatch(memory, *(x[:size] for x in rows), scale, sizes)
+        expected = torch.cat([of_rank[:rows_of_rank] for of_rank, rows_of_rank in zip(wire, sizes, strict=True)])
+        wrong[0] += (gathered != expected).sum()
+        delay(own)
+        memory.partial(sum(sizes)).copy_(partial[: sum(sizes)])
+        wrong[1] += (peer_combine(memory, sizes) != total[start : start + size]).sum()
+        if step % 100 == 99:
+            finish(memory)  # so that launches do not run away from the device
+    finish(memory)
+    return [int(count) for count in wrong]
+
+
+def delay(generator: random.Random) -> None:
+    """Of this rank's GPU work, up to 50 µs or so, or of its host."""
+    chance = generator.random()
+    if chance < 0.2:
+        torch.cuda._sleep(generator.randrange(100_000))
+    elif chance < 0.21:
+        time.sleep(generator.random() / 1000)
 
 
 def leave_one_out(rank: Rank, name: str, action: str) -> str:

@@ -47,6 +47,14 @@ def test_sums_are_nearer_to_those_in_fp64_than_sums_of_bf16_numbers(ranks: RankP
         assert ours < 0.8 * ring
 
 
+def test_every_row_is_right_in_many_steps_of_random_sizes_with_random_delays(
+    ranks: RankProcesses, request: pytest.FixtureRequest
+) -> None:
+    steps = request.config.getoption("--stress-steps")
+    wrong = ranks.run(on_rank.wrong_values_of_many_steps, steps=steps)
+    assert wrong == [[0, 0]] * ranks.world_size, f"wrong bytes of rows, wrong sums on each rank in {steps} steps"
+
+
 @pytest.mark.parametrize("action", ["eager", "replay"])
 def test_a_rank_that_does_not_come_is_named_and_the_gpu_stays_usable(ranks: RankProcesses, action: str) -> None:
     if ranks.world_size not in (2, 4):

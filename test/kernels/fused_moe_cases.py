@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nibble.kernels.select import Experts
 from nibble.kernels.torch.fused_moe import Nvfp4MoE as TorchMoE
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, fake_quantize_nvfp4, quantize_nvfp4, quantize_nvfp4_weight
@@ -121,3 +122,13 @@ def assert_like_torch(packed: PackedNvfp4Experts, batch: Batch, first_expert: in
 
 def use_tiling(patch: pytest.MonkeyPatch, tiling: Tiling) -> None:
     patch.setattr(fused_moe, "choose_tiling", lambda pairs_per_expert: tiling)
+
+
+def assert_leaves_result_where_told(moe: Experts, batch: Batch, hidden: int) -> None:
+    """In memory that begins and ends with other bytes, as peer memory does."""
+    rows = len(batch.topk_ids)
+    memory = torch.full((rows + 2, hidden), 7.0, dtype=torch.bfloat16, device=batch.x_fp4.device)
+    out = memory[1:-1]
+    assert moe(*batch.arguments, out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, moe(*batch.arguments, None).bfloat16())
+    assert (memory[[0, -1]] == 7).all()

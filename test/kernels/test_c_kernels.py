@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fused_moe_cases
 from nibble.kernels.cpu import norm as c_norm
 from nibble.kernels.cpu import nvfp4 as c_nvfp4
 from nibble.kernels.cpu.library import c_kernels
@@ -270,3 +271,10 @@ def test_a_source_is_compiled_once_and_an_error_shows_what_the_compiler_said(tmp
         build_c_library(good)
     monkeypatch.undo()
     build_c_library.cache_clear()
+
+
+@pytest.mark.parametrize("experts", [c_nvfp4.Nvfp4MoE, torch_moe.Nvfp4MoE], ids=["c", "torch"])
+def test_experts_leave_their_result_where_told(experts: type[c_nvfp4.Nvfp4MoE] | type[torch_moe.Nvfp4MoE]) -> None:
+    packed = fused_moe_cases.random_experts(0, 6, 80, 48)
+    batch = fused_moe_cases.random_batch(1, 5, 80, 3, -1, 8)
+    fused_moe_cases.assert_leaves_result_where_told(experts(packed, 0), batch, 80)

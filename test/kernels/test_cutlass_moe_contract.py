@@ -70,6 +70,13 @@ def test_rows_of_other_ranks_only_give_zeros() -> None:
 
 
 @pytest.mark.parametrize("hidden", [80, 128])
+def test_the_result_is_left_where_told(hidden: int) -> None:
+    packed = cases.random_experts(3, EXPERTS, hidden, 64)
+    batch = cases.random_batch(3, 5, hidden, TOP_K, 0, EXPERTS)
+    cases.assert_leaves_result_where_told(CutlassNvfp4MoE(packed, 0), batch, hidden)
+
+
+@pytest.mark.parametrize("hidden", [80, 128])
 def test_no_rows_launch_nothing(hidden: int) -> None:
     packed = cases.random_experts(3, EXPERTS, hidden, 64)
     out = CutlassNvfp4MoE(packed, 0)(*cases.random_batch(3, 0, hidden, TOP_K, 0, EXPERTS).arguments)

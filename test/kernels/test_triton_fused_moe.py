@@ -67,6 +67,9 @@ class TestAgreement:
         batch = batch_of(3, 12)
         cases.assert_close(run(batch), cases.float64_reference(PACKED, batch, 0))
 
+    def test_the_result_is_left_where_told(self) -> None:
+        cases.assert_leaves_result_where_told(Nvfp4MoE(PACKED, 0), batch_of(4, 5), HIDDEN)
+
     def test_bf16_is_the_default_and_rounds_the_result_of_each_pair(self) -> None:
         batch = batch_of(4, 12)
         out = Nvfp4MoE(PACKED, 0)(*batch.arguments)
