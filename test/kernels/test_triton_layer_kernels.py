@@ -30,6 +30,29 @@ def test_of_equal_experts_the_lower_ones_are_chosen() -> None:
     cases.check_topk_softmax_of_equal_logits()
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("is_biased", [False, True])
+@pytest.mark.parametrize("shape", [(16, 4, 2, 4), (12, 3, 1, 3), (6, 6, 2, 2), (8, 1, 1, 3), (256, 8, 4, 8)])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_the_router_chooses_the_groups_and_experts_that_torch_chooses(
+    rows: int, shape: tuple[int, int, int, int], is_biased: bool, renormalize: bool
+) -> None:
+    cases.check_grouped_topk(rows, shape, is_biased, renormalize)
+
+
+def test_of_equal_groups_and_experts_the_lower_ones_are_chosen() -> None:
+    cases.check_grouped_topk_of_equal_logits()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "rank", "size"), [(2, 64, 16), (3, 20, 12)])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_latent_vectors_are_copied_and_the_parts_behind_them_rotated_as_in_fp64(
+    rows: int, heads: int, rank: int, size: int, interleaved: bool
+) -> None:
+    cases.check_rope_latent(rows, heads, rank, size, interleaved)
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "size"), [(2, 64), (3, 24)])
 @pytest.mark.parametrize("rows", [0, 1, 7])

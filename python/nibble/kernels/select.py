@@ -24,6 +24,7 @@ class Kernels:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     qk_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rope_latent: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
     topk_softmax: Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
     grouped_topk: Callable[[Tensor, Tensor | None, int, int, int, bool, float], tuple[Tensor, Tensor]]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -54,6 +55,7 @@ def _torch_kernels() -> Kernels:
 
     from nibble.kernels.torch.activation import silu_and_mul
     from nibble.kernels.torch.fused_moe import Nvfp4MoE
+    from nibble.kernels.torch.latent import rope_latent
     from nibble.kernels.torch.norm import add_rms_norm, qk_norm_rope, rms_norm
     from nibble.kernels.torch.nvfp4_linear import Nvfp4Linear
     from nibble.kernels.torch.sampling import argmax
@@ -65,6 +67,7 @@ def _torch_kernels() -> Kernels:
         add_rms_norm=add_rms_norm,
         silu_and_mul=silu_and_mul,
         qk_norm_rope=qk_norm_rope,
+        rope_latent=rope_latent,
         topk_softmax=topk_softmax,
         grouped_topk=grouped_topk,
         linear=linear,
@@ -82,6 +85,7 @@ def _c_kernels() -> Kernels:
     from nibble.kernels.cpu.sampling import argmax
     from nibble.kernels.cpu.topk import topk_softmax
     from nibble.kernels.torch.activation import silu_and_mul
+    from nibble.kernels.torch.latent import rope_latent
     from nibble.kernels.torch.topk import grouped_topk
 
     return Kernels(
@@ -89,6 +93,7 @@ def _c_kernels() -> Kernels:
         add_rms_norm=add_rms_norm,
         silu_and_mul=silu_and_mul,
         qk_norm_rope=qk_norm_rope,
+        rope_latent=rope_latent,
         topk_softmax=topk_softmax,
         grouped_topk=grouped_topk,
         linear=linear,
@@ -102,15 +107,18 @@ def _c_kernels() -> Kernels:
 def _triton_kernels() -> Kernels:
     """Torch's own where they are as good as a kernel of ours would be, or not yet written."""
     from nibble.kernels.triton.fused_moe import Nvfp4MoE
+    from nibble.kernels.triton.latent import rope_latent
     from nibble.kernels.triton.norm import qk_norm_rope
     from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
-    from nibble.kernels.triton.topk import topk_softmax
+    from nibble.kernels.triton.topk import grouped_topk, topk_softmax
     from nibble.kernels.triton.wire_row import quantize_pack
 
     return replace(
         _torch_kernels(),
         qk_norm_rope=qk_norm_rope,
+        rope_latent=rope_latent,
         topk_softmax=topk_softmax,
+        grouped_topk=grouped_topk,
         quantize_pack=quantize_pack,
         nvfp4_linear=Nvfp4Linear,
         nvfp4_moe=Nvfp4MoE,

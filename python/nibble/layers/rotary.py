@@ -7,7 +7,6 @@ import torch
 from nibble.config.model_config import RopeScaling
 from nibble.config.resolve import EngineConfig
 from nibble.kernels.select import select_kernels
-from nibble.kernels.torch.norm import rotate
 from nibble.layers.norm import RMSNorm
 from nibble.utils.dtypes import torch_dtype
 
@@ -28,23 +27,29 @@ class RotaryEmbedding:
         self.cos = torch.cat([cos, cos], dim=-1).to(dtype)  # [P, D]
         # The sign of the first half's sine is folded in: rotating is then one flip of the halves.
         self.signed_sin = torch.cat([-sin, sin], dim=-1).to(dtype)  # [P, D]
-        self.qk_norm_rope = select_kernels(config.kernels, config.moe_kernel).qk_norm_rope
-
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor, interleaved: bool) -> torch.Tensor:
-        """`x [T, N, D]` rotated to `positions [T]`; a new tensor.
-
-        Of an interleaved `x` the pairs are (2i, 2i + 1). The result is half-split all the same: products of queries
-        and keys do not depend on the order.
-        """
-        if interleaved:
-            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return rotate(x, positions, self.cos, self.signed_sin)
+        self.kernels = select_kernels(config.kernels, config.moe_kernel)
 
     def normalized(
         self, q: torch.Tensor, k: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q `[T, N, D]` and k `[T, KV, D]`, each head normalized and then rotated to `positions [T]`; new tensors."""
-        return self.qk_norm_rope(q, k, q_norm.weight, k_norm.weight, q_norm.eps, positions, self.cos, self.signed_sin)
+        return self.kernels.qk_norm_rope(
+            q, k, q_norm.weight, k_norm.weight, q_norm.eps, positions, self.cos, self.signed_sin
+        )
+
+    def latent(
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        positions: torch.Tensor,
+        interleaved: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of latent attention: see `kernels.torch.latent.rope_latent`."""
+        return self.kernels.rope_latent(
+            q_latent, q_rope, latent, k_rope, positions, self.cos, self.signed_sin, interleaved
+        )
 
 
 def _exponents(size: int) -> torch.Tensor:

@@ -71,10 +71,10 @@ class DeepseekV3Attention:
         q_low, latent, k_rope = self.qkv_a_proj(x).split(self.down_parts, dim=-1)
         q = self.q_proj(self.q_a_layernorm(q_low) if self.q_a_layernorm else x)
         q_nope, q_rope = q.view(x.shape[0], self.heads, -1).split(self.head_parts, dim=-1)  # [T, N, D], [T, N, P]
-        rotated = self.rotary(torch.cat([q_rope, k_rope[:, None]], dim=1), positions, self.interleaved)
         latent = self.kv_b_proj.quantized(self.kv_a_layernorm(latent))  # [T, R]
-        queries = torch.cat([self.kv_b_proj.absorb(q_nope), rotated[:, :-1]], dim=-1)  # [T, N, R + P]
-        keys = torch.cat([latent[:, None], rotated[:, -1:]], dim=-1)  # [T, 1, R + P]
+        queries, keys = self.rotary.latent(
+            self.kv_b_proj.absorb(q_nope), q_rope, latent, k_rope, positions, self.interleaved
+        )  # [T, N, R + P], [T, 1, R + P]
         attended = attention.forward(self.layer, queries, keys, keys[..., : self.latent_size])  # [T, N * R]
         return self.o_proj(self.kv_b_proj.expand(attended.unflatten(1, (self.heads, -1))))
 
