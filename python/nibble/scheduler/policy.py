@@ -1,14 +1,16 @@
-"""What one step of one rank processes: a pure function of a snapshot."""
+"""What one step of one rank processes, and who is admitted first: pure functions of a snapshot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+SchedulePolicy = Literal["fcfs", "lpm"]
+"""First come, first served, or longest prefix match first."""
 
 
 class RequestView(NamedTuple):
-    """`computed` tokens are in the KV cache or, of a waiting request, would be found there; `remaining` must follow, 1
-    while decoding. `pages` pages are in use already: its own, or for a waiting request those it would share with
-    running ones.
+    """A prompt. `computed` tokens are in the KV cache or, of a waiting request, would be found there; `remaining` must
+    follow. `pages` pages are in use already: its own, or for a waiting request those it would share with running ones.
     """
 
     computed: int
@@ -16,12 +18,25 @@ class RequestView(NamedTuple):
     pages: int
 
 
+class Claim(NamedTuple):
+    """What decides when a waiting request's turn is. `overdue` ones were overtaken as often as may be."""
+
+    overdue: bool
+    priority: int
+    cached: int
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """`running` is ordered oldest first, `waiting` next to run first (as many as could be admitted suffice)."""
+    """Running requests decode, or they are prompts of which more than one token remains."""
 
-    running: Sequence[RequestView]
+    num_decoding: int
+    decode_pages: int
+    """Pages that the next tokens of the decoding requests need."""
+    prompts: Sequence[RequestView]
+    """Those of running requests, in the order in which they get on."""
     waiting: Sequence[RequestView]
+    """Next to run first; as many as could be admitted suffice."""
     available_pages: int
     """Free, or cached and in use by nobody."""
     page_size: int
@@ -31,39 +46,38 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Indices into the snapshot."""
+    """Every decoding request takes part."""
 
-    running: tuple[tuple[int, int], ...] = ()
-    """(index, tokens) of running requests that take part."""
+    prompts: tuple[int, ...] = ()
+    """Tokens of each running prompt; 0 for those that the budget does not reach."""
     admitted: tuple[int, ...] = ()
-    """Tokens of each request that leaves the head of the waiting queue."""
+    """Tokens of each request that leaves the head of `waiting`."""
     retracts: bool = False
-    """There is no step before the youngest running request has given its pages back, to start again later."""
+    """There is no step before the last of the running requests has given its pages back, to start again later."""
 
 
 def plan_step(snapshot: Snapshot) -> StepPlan:
-    """Decodes every running request, goes on with started prompts, then admits new ones, first come first served.
+    """Decodes what decodes, goes on with started prompts, then admits new ones.
 
-    Prompts share `prefill_budget` tokens a step. When pages run out the youngest running request is retracted, so that
-    the oldest always gets on. How many pages that yields depends on who shares them, so it takes a new snapshot.
+    Prompts share `prefill_budget` tokens a step. When pages run out the last running request is retracted, so that
+    the first always gets on. How many pages that yields depends on who shares them, so it takes a new snapshot.
     """
-    free, budget = snapshot.available_pages, snapshot.prefill_budget
-    running: list[tuple[int, int]] = []
-    for index, request in enumerate(snapshot.running):
-        tokens = request.remaining if request.remaining == 1 else min(request.remaining, budget)
-        free -= pages_for(request.computed + tokens, snapshot.page_size) - request.pages
-        if free < 0:
-            return StepPlan(retracts=True)
-        if tokens:
-            running.append((index, tokens))
-            budget -= tokens if request.remaining > 1 else 0
-    return StepPlan(tuple(running), _admit(snapshot, free, budget))
+    free, budget = snapshot.available_pages - snapshot.decode_pages, snapshot.prefill_budget
+    prompts: list[int] = []
+    for prompt in snapshot.prompts:
+        tokens = min(prompt.remaining, budget)
+        free -= pages_for(prompt.computed + tokens, snapshot.page_size) - prompt.pages
+        budget -= tokens
+        prompts.append(tokens)
+    if free < 0:
+        return StepPlan(retracts=True)
+    return StepPlan(tuple(prompts), _admit(snapshot, free, budget))
 
 
 def _admit(snapshot: Snapshot, free: int, budget: int) -> tuple[int, ...]:
     """Tokens of each request that is admitted, with `free` pages and `budget` prompt tokens left."""
     admitted: list[int] = []
-    count = len(snapshot.running)
+    count = snapshot.num_decoding + len(snapshot.prompts)
     for request in snapshot.waiting:
         needed = pages_for(request.computed + request.remaining, snapshot.page_size) - request.pages
         # One page for each running request, since each will soon want its next one.
@@ -75,6 +89,16 @@ def _admit(snapshot: Snapshot, free: int, budget: int) -> tuple[int, ...]:
         free -= needed
         count += 1
     return tuple(admitted)
+
+
+def admission_order(claims: Sequence[Claim]) -> list[int]:
+    """The order of turns under "lpm", as indices into `claims`, which come in the order of arrival."""
+
+    def turn(index: int) -> tuple[bool, int, int]:
+        claim = claims[index]
+        return (False, 0, 0) if claim.overdue else (True, -claim.priority, -claim.cached)
+
+    return sorted(range(len(claims)), key=turn)
 
 
 def pages_for(tokens: int, page_size: int) -> int:

@@ -17,6 +17,11 @@ class Request:
         self.request_id = message.request_id
         self.sampling = message.sampling
         self.update_interval = message.update_interval
+        self.priority = message.priority
+        self.arrival = 0
+        """How many requests came to this rank before it."""
+        self.precedence: float = message.priority
+        """Among running requests, of which the last is the first to be retracted; infinite if it ran overdue."""
         self.unsent_ids: list[int] = []
         self.unsent_logprobs: list[TokenLogprob] = []
         self.prompt_length = len(message.input_ids)

@@ -1,15 +1,24 @@
 """Requests of one rank, from arrival to last token. Knows no sockets and no tensors."""
 
-from collections import deque
-from collections.abc import Sequence
+import bisect
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 from nibble.generation import FinishReason
 from nibble.scheduler.kv_pages import KvPages
-from nibble.scheduler.policy import RequestView, Snapshot, plan_step
+from nibble.scheduler.policy import (
+    Claim,
+    RequestView,
+    SchedulePolicy,
+    Snapshot,
+    StepPlan,
+    admission_order,
+    plan_step,
+)
 from nibble.scheduler.request import Request
+from nibble.scheduler.waiting_queue import WaitingQueue
 
 
 class ScheduledRequest(NamedTuple):
@@ -21,6 +30,10 @@ class ScheduledRequest(NamedTuple):
     """Whether the step reaches the request's last token, so that a new one is sampled."""
 
 
+LPM_WINDOW = 64
+"""The longest cached prefix is looked for among so many waiting requests."""
+
+
 @dataclass(frozen=True)
 class SchedulerLimits:
     page_size: int
@@ -29,6 +42,8 @@ class SchedulerLimits:
     context_length: int
     eos_token_ids: frozenset[int]
     reuse_prefixes: bool = True
+    policy: SchedulePolicy = "fcfs"
+    max_overtakes: int = 128
 
 
 class Scheduler:
@@ -37,9 +52,12 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, num_pages: int) -> None:
         self.limits = limits
         self.kv = KvPages(num_pages, limits.page_size, limits.reuse_prefixes)
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
+        self.waiting = WaitingQueue(limits.max_overtakes)
+        self.running: list[Request] = []
+        """By precedence, then oldest first."""
         self.num_retracted = 0
+        self.num_held = 0
+        """Waiting requests that the last step would have admitted, had it been allowed to."""
 
     @property
     def is_idle(self) -> bool:
@@ -47,33 +65,37 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.kv.prepare(request)
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def abort(self, request_id: str) -> None:
         """Forgets a request; an unknown one has finished already."""
-        for queue in (self.running, self.waiting):
-            for request in queue:
+        if self.waiting.remove(request_id) is None:
+            for request in self.running:
                 if request.request_id == request_id:
-                    queue.remove(request)
+                    self.running.remove(request)
                     self.kv.release(request)
                     return
 
-    def schedule(self) -> list[ScheduledRequest]:
-        """The next step, decoding requests first, with pages allocated. Empty when there is nothing to do."""
-        plan = plan_step(self._snapshot(self._candidates()))
+    def schedule(self, may_admit: bool = True) -> list[ScheduledRequest]:
+        """The next step, decoding requests first, with pages allocated. Empty when there is nothing to do.
+
+        Unless it `may_admit`, no waiting request joins those that run.
+        """
+        candidates = self._candidates()
+        plan, decoding, prompts = self._plan(candidates)
         while plan.retracts:
-            self._retract_youngest()
-            plan = plan_step(self._snapshot(waiting=()))
-        step = [_scheduled(self.running[index], tokens) for index, tokens in plan.running]
-        for tokens in plan.admitted:
-            request = self.waiting.popleft()
-            self.kv.admit(request)
-            self.running.append(request)
-            step.append(_scheduled(request, tokens))
+            self._retract_last()
+            candidates = []
+            plan, decoding, prompts = self._plan(candidates)
+        self.num_held = 0 if may_admit else len(plan.admitted)
+        step = [ScheduledRequest(request, 1, True) for request in decoding]
+        step += [_scheduled(request, tokens) for request, tokens in zip(prompts, plan.prompts, strict=True) if tokens]
+        if may_admit:
+            step += [self._admit(request, tokens) for (request, _), tokens in zip(candidates, plan.admitted, strict=False)]
         # Only now: the prefixes of all admitted requests are held, and what is evicted is nobody's.
         for entry in step:
             self.kv.grow(entry.request, entry.num_tokens)
-        return sorted(step, key=lambda entry: entry.num_tokens > 1)
+        return sorted(step, key=_is_prompt)
 
     def finish_step(self, step: Sequence[ScheduledRequest], tokens: Sequence[int | None]) -> list[FinishReason | None]:
         """Books a step. `tokens` has one entry per request of the step that samples, None for a failed row.
@@ -106,28 +128,63 @@ class Scheduler:
         if self.is_idle:
             self.kv.check_idle()
 
-    def _candidates(self) -> list[RequestView]:
-        """The waiting requests that may be admitted: as many as there are slots and prompt tokens for in a step."""
-        views: list[RequestView] = []
-        budget = self.limits.chunked_prefill_size
-        for request in islice(self.waiting, self.limits.max_running_requests - len(self.running)):
-            if budget <= 0:
-                break
-            match = self.kv.match(request)
-            computed = match.pages * self.limits.page_size
-            views.append(RequestView(computed, len(request.token_ids) - computed, match.locked_pages))
-            budget -= views[-1].remaining
-        return views
+    def _candidates(self) -> list[tuple[Request, RequestView]]:
+        """The waiting requests that may be admitted, in the order of their turns."""
+        slots = self.limits.max_running_requests - len(self.running)
+        if slots <= 0 or not self.waiting:
+            return []
+        if self.limits.policy == "fcfs":
+            return list(self._within_budget(self.waiting.head(slots)))
+        window = self.waiting.head(LPM_WINDOW)
+        views = [self._view(request) for request in window]
+        claims = [
+            Claim(self.waiting.is_overdue(request), request.priority, view.computed)
+            for request, view in zip(window, views, strict=True)
+        ]
+        return [(window[index], views[index]) for index in admission_order(claims)]
 
-    def _snapshot(self, waiting: Sequence[RequestView]) -> Snapshot:
-        return Snapshot(
-            running=[_view(request) for request in self.running],
-            waiting=waiting,
-            available_pages=self.kv.num_available,
-            page_size=self.limits.page_size,
-            prefill_budget=self.limits.chunked_prefill_size,
-            max_running=self.limits.max_running_requests,
+    def _within_budget(self, requests: Iterable[Request]) -> Iterator[tuple[Request, RequestView]]:
+        """As many as there are prompt tokens for in a step."""
+        budget = self.limits.chunked_prefill_size
+        for request in requests:
+            if budget <= 0:
+                return
+            view = self._view(request)
+            budget -= view.remaining
+            yield request, view
+
+    def _view(self, waiting: Request) -> RequestView:
+        match = self.kv.match(waiting)
+        computed = match.pages * self.limits.page_size
+        return RequestView(computed, len(waiting.token_ids) - computed, match.locked_pages)
+
+    def _plan(self, candidates: Sequence[tuple[Request, RequestView]]) -> tuple[StepPlan, list[Request], list[Request]]:
+        """Also returns the running requests that decode and those that are prompts."""
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running:
+            (decoding if request.num_remaining == 1 else prompts).append(request)
+        page_size = self.limits.page_size
+        plan = plan_step(
+            Snapshot(
+                num_decoding=len(decoding),
+                decode_pages=sum(request.num_computed % page_size == 0 for request in decoding),
+                prompts=[RequestView(r.num_computed, r.num_remaining, len(r.pages)) for r in prompts],
+                waiting=[view for _, view in candidates],
+                available_pages=self.kv.num_available,
+                page_size=page_size,
+                prefill_budget=self.limits.chunked_prefill_size,
+                max_running=self.limits.max_running_requests,
+            )
         )
+        return plan, decoding, prompts
+
+    def _admit(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        request.precedence = math.inf if self.waiting.is_overdue(request) else request.priority
+        self.waiting.remove(request.request_id)
+        self.kv.admit(request)
+        bisect.insort(self.running, request, key=lambda running: (-running.precedence, running.arrival))
+        return _scheduled(request, num_tokens)
 
     def _book_token(self, request: Request, token: int | None) -> FinishReason | None:
         request.kv_is_finite = token is not None
@@ -141,11 +198,11 @@ class Scheduler:
             self.kv.release(request)
         return reason
 
-    def _retract_youngest(self) -> None:
+    def _retract_last(self) -> None:
         request = self.running.pop()
         self.kv.release(request)
         self.kv.prepare(request)
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
         self.num_retracted += 1
 
 
@@ -153,5 +210,5 @@ def _scheduled(request: Request, num_tokens: int) -> ScheduledRequest:
     return ScheduledRequest(request, num_tokens, num_tokens == request.num_remaining)
 
 
-def _view(request: Request) -> RequestView:
-    return RequestView(request.num_computed, request.num_remaining, len(request.pages))
+def _is_prompt(entry: ScheduledRequest) -> bool:
+    return entry.num_tokens > 1
