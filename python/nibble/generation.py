@@ -15,6 +15,8 @@ class GenerationRequest:
     sampling: SamplingParams
     data_parallel_rank: int | None = None
     """The DP rank to run on; None leaves the choice to the load balancer."""
+    priority: int = 0
+    """Higher goes first; 0 unless --enable-priority-scheduling."""
     return_logprob: bool = False
     top_logprobs_num: int = 0
     update_interval: int = 1

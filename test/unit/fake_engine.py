@@ -35,6 +35,7 @@ class FakeEngine:
     served_model_name = "tiny/model"
     context_length = 200
     dp_size = 2
+    takes_priorities = True
 
     def __init__(self, reply: Callable[[GenerationRequest], list[int]] | str = REPLY) -> None:
         self.tokenizer = tiny_tokenizer()

@@ -70,6 +70,10 @@ def refused(folder: Path, **args: object) -> str:
 # Flags
 
 
+def test_the_longest_prefix_is_not_looked_for_where_none_is_kept(checkpoint):
+    assert "leave one of them out" in refused(checkpoint(), schedule_policy="lpm", disable_radix_cache=True)
+
+
 def test_flags_have_sglangs_names_and_short_forms():
     args = parse_server_args(
         "--model-path m --tp 4 --dp 4 --ep 4 --enable-dp-attention --enable-flashinfer-cutlass-moe "

@@ -87,7 +87,7 @@ class Rank:
 
 def new_request(sequence: int, prompt: int = 3, max_new_tokens: int = 3) -> NewRequest:
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
-    return NewRequest(sequence, f"r{sequence}", list(range(1, prompt + 1)), sampling, 0, False, 0, 1)
+    return NewRequest(sequence, f"r{sequence}", list(range(1, prompt + 1)), sampling, 0, False, 0, 1, 0)
 
 
 def test_an_idle_rank_enters_the_steps_of_its_peers():

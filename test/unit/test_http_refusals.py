@@ -90,6 +90,16 @@ def test_what_is_not_supported_is_refused_by_name(path, fields):
     assert "support" in error["message"]
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, GENERATE])
+def test_a_priority_is_refused_out_of_range_and_where_priorities_are_not_used(path):
+    api = Api()
+    api.engine.takes_priorities = False
+    for engine_api, priority, words in ((api, 1, "--enable-priority-scheduling"), (Api(), 101, "between -100 and 100")):
+        response = engine_api.post(path, {**MINIMAL[path], "priority": priority})
+        assert response.status_code == 400
+        assert words in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("name", ["regex", "ebnf", "json_schema", "stop_regex", "structural_tag", "custom_params"])
 def test_unsupported_sampling_params_are_refused_by_name(name):
     error = refuse(GENERATE, {"sampling_params": {name: "x"}})

@@ -40,6 +40,7 @@ OPENAI: dict[str, dict[str, Any]] = {
     "stream": {"stream": True},
     "stream_options": {"stream": True, "stream_options": {"include_usage": True}},
     "data_parallel_rank": {"data_parallel_rank": 1},
+    "priority": {"priority": 1},
     "max_tokens": {"max_tokens": 3},
 }
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
@@ -66,6 +67,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "top_logprobs_num": {"return_logprob": True, "top_logprobs_num": 2},
         "return_text_in_logprobs": {"return_logprob": True, "return_text_in_logprobs": True},
         "data_parallel_rank": {"data_parallel_rank": 1},
+        "priority": {"priority": 1},
     },
 }
 """For each field of a route the change that asks for it, with what the field needs beside it."""

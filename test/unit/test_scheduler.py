@@ -1,6 +1,7 @@
 """The books of one rank: no token lost or repeated, no page leaked, whatever arrives in whatever order."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,16 +20,20 @@ CONTEXT = 32
 PAGE = 4
 
 
-def make_scheduler(num_pages: int = 16, budget: int = 8, max_running: int = 4, reuse: bool = True) -> Scheduler:
-    limits = SchedulerLimits(PAGE, budget, max_running, CONTEXT, frozenset({EOS}), reuse)
+def make_scheduler(
+    num_pages: int = 16, budget: int = 8, max_running: int = 4, reuse: bool = True, **limits: Any
+) -> Scheduler:
+    limits = SchedulerLimits(PAGE, budget, max_running, CONTEXT, frozenset({EOS}), reuse, **limits)
     return Scheduler(limits, num_pages)
 
 
-def make_request(name: str, prompt: int | Sequence[int], max_new_tokens: int, **sampling: object) -> Request:
+def make_request(
+    name: str, prompt: int | Sequence[int], max_new_tokens: int, priority: int = 0, **sampling: object
+) -> Request:
     """A request with this prompt, or one of that many tokens 1, 2, 3, …"""
     params = SamplingParams(max_new_tokens=max_new_tokens, **sampling)  # type: ignore[arg-type]
     tokens = list(range(1, prompt + 1)) if isinstance(prompt, int) else list(prompt)
-    return Request(NewRequest(1, name, tokens, params, 0, False, 0, 1))
+    return Request(NewRequest(1, name, tokens, params, 0, False, 0, 1, priority))
 
 
 def finish(scheduler: Scheduler, step: Sequence[ScheduledRequest], token: int | None = 7) -> list[object]:
@@ -126,6 +131,74 @@ def test_aborting_frees_pages_of_running_and_forgets_waiting_requests():
     scheduler.abort("never seen")
     assert scheduler.is_idle
     scheduler.check_idle()
+
+
+def start_order(scheduler: Scheduler) -> list[str]:
+    """The names of requests as they start, until all have ended."""
+    started: list[str] = []
+    while not scheduler.is_idle:
+        step = scheduler.schedule()
+        started += [r.request_id for r in scheduler.running if r.request_id not in started]
+        finish(scheduler, step)
+    scheduler.check_idle()
+    return started
+
+
+def test_higher_priorities_start_first_and_are_retracted_last():
+    scheduler = make_scheduler(num_pages=8, max_running=2)
+    for name, priority in (("low", 0), ("high", 1), ("highest", 2)):
+        scheduler.add(make_request(name, prompt=[priority + 1] * 8, max_new_tokens=12, priority=priority))
+    assert start_order(scheduler) == ["highest", "high", "low"]
+
+    scheduler = make_scheduler(num_pages=8, max_running=2)
+    scheduler.add(make_request("low", prompt=8, max_new_tokens=12, priority=0))
+    finish(scheduler, scheduler.schedule())
+    scheduler.add(make_request("high", prompt=[30] * 8, max_new_tokens=12, priority=1))
+    while not scheduler.num_retracted:
+        finish(scheduler, scheduler.schedule())
+    assert [request.request_id for request in scheduler.running] == ["high"]
+    assert start_order(scheduler) == ["high", "low"]
+
+
+def test_the_longest_cached_prefix_is_admitted_first_under_lpm_only():
+    for policy, expected in (("lpm", ["long", "short", "none"]), ("fcfs", ["none", "short", "long"])):
+        scheduler = make_scheduler(max_running=1, policy=policy)
+        run(scheduler, make_request("cached", prompt=17, max_new_tokens=1))
+        for name, prompt in (("none", [30] * 8), ("short", [*range(1, 9), 30]), ("long", [*range(1, 17), 30])):
+            scheduler.add(make_request(name, prompt, max_new_tokens=1))
+        assert start_order(scheduler) == expected
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_nobody_starves_behind_a_stream_of_more_urgent_or_better_cached_requests(policy):
+    scheduler = make_scheduler(num_pages=12, max_running=2, policy=policy, max_overtakes=5)
+    favoured = list(range(1, 9))
+    run(scheduler, make_request("cached", favoured, max_new_tokens=1))
+    victim = make_request("victim", [30] * 8, max_new_tokens=12, priority=0)
+    for count in range(100):
+        if count == 3:
+            scheduler.add(victim)
+        scheduler.add(make_request(f"r{count}", favoured, max_new_tokens=4, priority=1 if policy == "fcfs" else 0))
+        finish(scheduler, scheduler.schedule())
+        if victim.num_generated == 12:
+            break
+    assert victim.num_generated == 12, "although one more favoured request came with every step"
+    overtakers = sum(request.arrival > victim.arrival for request in scheduler.running)
+    assert overtakers <= 2
+
+
+def test_a_step_that_may_not_admit_says_how_many_it_holds_back():
+    scheduler = make_scheduler(max_running=3)
+    scheduler.add(make_request("running", prompt=3, max_new_tokens=9))
+    finish(scheduler, scheduler.schedule())
+    for number in range(4):
+        scheduler.add(make_request(str(number), prompt=[number] * 3, max_new_tokens=2))
+    step = scheduler.schedule(may_admit=False)
+    assert [entry.request.request_id for entry in step] == ["running"]
+    assert scheduler.num_held == 2, "there are slots for two"
+    finish(scheduler, step)
+    assert len(scheduler.schedule()) == 3
+    assert scheduler.num_held == 0
 
 
 def test_a_leaked_page_is_found_at_idle():
@@ -440,9 +513,4 @@ def test_requests_start_in_the_order_of_arrival(order):
     scheduler = make_scheduler(num_pages=64, budget=4, max_running=2)
     for index in order:
         scheduler.add(make_request(str(index), prompt=3 + index, max_new_tokens=2))
-    started: list[str] = []
-    while not scheduler.is_idle:
-        step = scheduler.schedule()
-        started += [r.request_id for r in scheduler.running if r.request_id not in started]
-        finish(scheduler, step)
-    assert started == [str(index) for index in order]
+    assert start_order(scheduler) == [str(index) for index in order]

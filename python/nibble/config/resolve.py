@@ -141,6 +141,7 @@ class EngineConfig:
 def resolve(args: ServerArgs) -> EngineConfig:
     """Raises ConfigError, with the reason and the fix, for anything that can't be served as asked."""
     require_positive(args)
+    _check_schedule_policy(args)
     folder = checkpoint_folder(args.model_path, weights=args.load_format != "dummy")
     model = load_model_config(folder)
     quantization = _resolve_quantization(args, folder)
@@ -186,6 +187,14 @@ def resolve(args: ServerArgs) -> EngineConfig:
         num_pages=num_pages,
         random_seed=args.random_seed if args.random_seed is not None else secrets.randbits(62),
     )
+
+
+def _check_schedule_policy(args: ServerArgs) -> None:
+    if args.schedule_policy == "lpm" and args.disable_radix_cache:
+        raise ConfigError(
+            "--schedule-policy lpm looks for the longest cached prefix, and --disable-radix-cache keeps none; "
+            "leave one of them out"
+        )
 
 
 def checkpoint_folder(name: str, weights: bool) -> Path:

@@ -137,6 +137,17 @@ class ServerArgs:
     disable_radix_cache: bool = flag(
         False, "Compute every prompt from its first token, even if another request had the same beginning."
     )
+    schedule_policy: str = flag(
+        "fcfs",
+        "Which waiting request is next. fcfs: the one that came first; lpm: the one with the longest cached prefix.",
+        choices=("fcfs", "lpm"),
+    )
+    enable_priority_scheduling: bool = flag(
+        False, "Requests may bring a priority; higher ones are admitted first and retracted last."
+    )
+    max_overtakes: int = flag(
+        128, "How many later requests may go before a waiting one, for their priority or prefix; then it is its turn."
+    )
     random_seed: int | None = flag(None, "Seed for requests that bring none. Default: drawn at start.")
 
     # Server
@@ -199,7 +210,7 @@ def require_positive(args: ServerArgs) -> None:
     names = (
         "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
         "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
-        "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs", "moe_dense_tp_size",
+        "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs", "moe_dense_tp_size", "max_overtakes",
     )  # fmt: skip
     for name in names:
         value = getattr(args, name)

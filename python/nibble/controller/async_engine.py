@@ -56,6 +56,7 @@ class AsyncEngine:
         self.vocab_size = config.model.vocab_size
         self.context_length = config.context_length
         self.dp_size = config.parallel.dp_size
+        self.takes_priorities = config.args.enable_priority_scheduling
         self._on_dead = on_dead
         self.on_rank_stats: Callable[[RankStats], None] = lambda _: None
         """Called with what a rank reports of itself, which ranks do with --enable-metrics."""
@@ -205,6 +206,7 @@ class AsyncEngine:
             return_logprob=request.return_logprob,
             top_logprobs_num=request.top_logprobs_num,
             update_interval=request.update_interval,
+            priority=request.priority,
         )
         for peer in range(self.dp_size):
             self._send(peer, message if peer == rank else Wake(self._sequence))

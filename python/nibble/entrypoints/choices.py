@@ -10,6 +10,7 @@ from nibble.generation import GenerationRequest
 from nibble.sampling_params import SamplingParams, validate_sampling_params
 from nibble.utils.errors import RequestError
 
+MAX_PRIORITY = 100
 MAX_GENERATIONS = 4096
 """Most prompts times choices of one HTTP request."""
 
@@ -29,6 +30,7 @@ class GenerationOptions:
     data_parallel_rank: int | None = None
     return_logprob: bool = False
     top_logprobs_num: int = 0
+    priority: int | None = None
 
 
 def choices_of_prompt(
@@ -46,6 +48,7 @@ def choices_of_prompt(
     """
     check_token_ids(input_ids, engine.vocab_size, prompt_field)
     _check_rank(options.data_parallel_rank, engine.dp_size)
+    _check_priority(options.priority, engine.takes_priorities)
     validate_sampling_params(sampling, engine.vocab_size)
     return [
         Choice(
@@ -55,6 +58,7 @@ def choices_of_prompt(
                 input_ids=input_ids,
                 sampling=msgspec.structs.replace(sampling, n=1, sampling_seed=_choice_seed(sampling.sampling_seed, i)),
                 data_parallel_rank=options.data_parallel_rank,
+                priority=options.priority or 0,
                 return_logprob=options.return_logprob,
                 top_logprobs_num=options.top_logprobs_num,
             ),
@@ -114,3 +118,17 @@ def _choice_seed(seed: int | None, choice: int) -> int | None:
 def _check_rank(rank: int | None, dp_size: int) -> None:
     if rank is not None and not 0 <= rank < dp_size:
         raise RequestError(f"data_parallel_rank must be between 0 and {dp_size - 1}, got {rank}", "data_parallel_rank")
+
+
+def _check_priority(priority: int | None, takes_priorities: bool) -> None:
+    if priority is None:
+        return
+    if not takes_priorities:
+        raise RequestError(
+            "priority is not used by this server; leave it out, or start it with --enable-priority-scheduling",
+            "priority",
+        )
+    if abs(priority) > MAX_PRIORITY:
+        raise RequestError(
+            f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY} (first), got {priority}", "priority"
+        )

@@ -18,6 +18,8 @@ class EngineClient(Protocol):
     context_length: int
     """Most tokens of a prompt and its continuation together."""
     dp_size: int
+    takes_priorities: bool
+    """Whether requests may bring a priority."""
 
     def is_ready(self) -> bool:
         """Whether new requests are accepted now."""

@@ -36,7 +36,7 @@ class NativeGeneration:
         prompts = body.prompts()
         params = [body.sampling_of(index) for index in range(len(prompts))]
         check_num_generations(sum(max(param.n, 1) for param in params))
-        options = GenerationOptions(body.data_parallel_rank, body.return_logprob, body.top_logprobs_num)
+        options = GenerationOptions(body.data_parallel_rank, body.return_logprob, body.top_logprobs_num, body.priority)
         shared_id = body.rid if isinstance(body.rid, str) else unique_request_id()
         context = current_request.get()
         if isinstance(body.rid, str) and context is not None:

@@ -57,6 +57,7 @@ class GenerateRequest(RequestModel):
     data_parallel_rank: int | None = Field(
         default=None, description="The DP rank to run on; null leaves it to the balancer."
     )
+    priority: int | None = Field(default=None, description="Higher goes first, with --enable-priority-scheduling.")
 
     @model_validator(mode="after")
     def _features_fit_together(self) -> "GenerateRequest":

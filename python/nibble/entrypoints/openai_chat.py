@@ -52,7 +52,7 @@ class _ChatCompletion:
         sampling = body.sampling_params(
             resolve_max_new_tokens(requested, None, len(input_ids), engine.context_length, field)
         )
-        options = GenerationOptions(body.data_parallel_rank, body.logprobs, body.top_logprobs)
+        options = GenerationOptions(body.data_parallel_rank, body.logprobs, body.top_logprobs, body.priority)
         completion_id: str = self._head["id"]
         return choices_of_prompt(engine, completion_id, completion_id, input_ids, sampling, options, "messages")
 

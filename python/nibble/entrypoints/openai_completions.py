@@ -55,7 +55,9 @@ class _Completion:
         """The generations to run, `n` for each prompt."""
         body, engine = self._body, self._context.engine
         check_num_generations(len(self._prompts) * body.n)
-        options = GenerationOptions(body.data_parallel_rank, body.logprobs is not None, body.logprobs or 0)
+        options = GenerationOptions(
+            body.data_parallel_rank, body.logprobs is not None, body.logprobs or 0, body.priority
+        )
         choices: list[Choice] = []
         for index, input_ids in enumerate(await self._context.prompts.encode(self._prompts)):
             limit = resolve_max_new_tokens(

@@ -49,6 +49,7 @@ class OpenAISampling(SamplingFields):
     data_parallel_rank: int | None = Field(
         default=None, description="The DP rank to run on; null leaves it to the balancer."
     )
+    priority: int | None = Field(default=None, description="Higher goes first, with --enable-priority-scheduling.")
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "OpenAISampling":

@@ -20,7 +20,7 @@ class NewRequest(msgspec.Struct, frozen=True, tag=True):
     return_logprob: bool
     top_logprobs_num: int
     update_interval: int
-    priority: int = 0
+    priority: int
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):

@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-SchedulePolicy = Literal["fcfs", "lpm"]
-"""First come, first served, or longest prefix match first."""
+from typing import NamedTuple
 
 
 class RequestView(NamedTuple):

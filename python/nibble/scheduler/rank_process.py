@@ -70,6 +70,8 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         context_length=config.context_length,
         eos_token_ids=frozenset(config.model.eos_token_ids),
         reuse_prefixes=not config.args.disable_radix_cache,
+        policy=config.args.schedule_policy,
+        max_overtakes=config.args.max_overtakes,
     )
     statistics, dp_rank = None, config.parallel.dp_rank(rank)
     if config.args.enable_metrics:

@@ -8,15 +8,7 @@ from typing import NamedTuple
 
 from nibble.generation import FinishReason
 from nibble.scheduler.kv_pages import KvPages
-from nibble.scheduler.policy import (
-    Claim,
-    RequestView,
-    SchedulePolicy,
-    Snapshot,
-    StepPlan,
-    admission_order,
-    plan_step,
-)
+from nibble.scheduler.policy import Claim, RequestView, Snapshot, StepPlan, admission_order, plan_step
 from nibble.scheduler.request import Request
 from nibble.scheduler.waiting_queue import WaitingQueue
 
@@ -42,7 +34,8 @@ class SchedulerLimits:
     context_length: int
     eos_token_ids: frozenset[int]
     reuse_prefixes: bool = True
-    policy: SchedulePolicy = "fcfs"
+    policy: str = "fcfs"
+    """First come, first served, or "lpm": the longest prefix match first."""
     max_overtakes: int = 128
 
 
@@ -91,7 +84,9 @@ class Scheduler:
         step = [ScheduledRequest(request, 1, True) for request in decoding]
         step += [_scheduled(request, tokens) for request, tokens in zip(prompts, plan.prompts, strict=True) if tokens]
         if may_admit:
-            step += [self._admit(request, tokens) for (request, _), tokens in zip(candidates, plan.admitted, strict=False)]
+            step += [
+                self._admit(request, tokens) for (request, _), tokens in zip(candidates, plan.admitted, strict=False)
+            ]
         # Only now: the prefixes of all admitted requests are held, and what is evicted is nobody's.
         for entry in step:
             self.kv.grow(entry.request, entry.num_tokens)
