@@ -2,9 +2,10 @@
 
     python benchmark/comm/cpu_collectives.py [--world-sizes 2 4] [--seconds 0.5]
 
-Prints a table in microseconds per call, then one JSON line. A size is the mean per rank; rank r of W holds
-2(r+1)/(W+1) times that, so no two ranks are equal. Rows are 1 KiB of fp32. Every figure is the median over batches
-of calls in a loop, as rank 0 sees it.
+Prints a table in microseconds per call, then one JSON line. dp_sync is what every step begins with: the message of all
+ranks and what follows from it. Its limit is 60 us with 8 ranks that have 8 cores. A size is the mean per rank; rank r
+of W holds 2(r+1)/(W+1) times that, so no two ranks are equal. Rows are 1 KiB of fp32. Every figure is the median over
+batches of calls in a loop, as rank 0 sees it.
 """
 
 import argparse
@@ -25,6 +26,8 @@ import torch
 from nibble.distributed.communicator import Communicator
 from nibble.distributed.gloo import GlooCommunicator
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
+from nibble.scheduler.dp_sync import DpSync
+from nibble.scheduler.prefill_delayer import DelayLimits, RankReport
 
 ROW_ELEMENTS = 256  # fp32: 1 KiB
 SIZES = {"16 KB": 16, "256 KB": 256, "4 MB": 4096}  # rows per rank, on average
@@ -85,7 +88,12 @@ def measure_as_rank(rank: int, world_size: int, run_dir: Path, seconds: float) -
 def cases(communicator: Communicator) -> dict[str, Callable[[], object]]:
     rank, world_size = communicator.rank, communicator.world_size
     message = torch.arange(8)  # 64 bytes
-    calls: dict[str, Callable[[], object]] = {"all_gather 64 B": partial(communicator.all_gather, message)}
+    sync = DpSync(communicator, delay=DelayLimits(max_passes=30, max_ms=200))
+    report = RankReport(64, 64, True, 0, 0, True, sequence=1, step_us=1000)
+    calls: dict[str, Callable[[], object]] = {
+        "dp_sync": partial(sync.exchange, report),
+        "all_gather 64 B": partial(communicator.all_gather, message),
+    }
     for label, mean in SIZES.items():
         sizes = [2 * mean * (r + 1) // (world_size + 1) for r in range(world_size)]
         own, terms = torch.randn(sizes[rank], ROW_ELEMENTS), torch.randn(sum(sizes), ROW_ELEMENTS)

@@ -20,6 +20,8 @@ from nibble.distributed.communicator import (
 )
 from nibble.distributed.gloo import GlooCommunicator, open_store
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
+from nibble.scheduler.dp_sync import DpSync
+from nibble.scheduler.prefill_delayer import RankReport
 from rank_processes import Rank
 
 GATHER_DTYPES = (
@@ -83,6 +85,19 @@ def check_gathers(rank: Rank, backend: str, world_size: int, sizes: list[int]) -
             assert_own_memory(gathered, own)
         if len(set(sizes)) == 1:
             assert_same_bits(group.all_gather(own), torch.cat(inputs), f"all_gather {dtype}")
+
+
+def check_prepared_gather(rank: Rank, backend: str, world_size: int) -> None:
+    """The same memory again and again, with what it holds at each call."""
+    communicator = shared(rank, backend, world_size)
+    x = torch.zeros(2, 3, dtype=torch.int64)
+    output = torch.zeros(2 * world_size, 3, dtype=torch.int64)
+    gather = communicator.prepare_all_gather(x, output)
+    for call in range(20):
+        x.fill_(100 * rank.rank + call)
+        gather()
+        expected = [100 * peer + call for peer in range(world_size) for _ in range(2)]
+        assert output.tolist() == [[value] * 3 for value in expected]
 
 
 def check_list_gather(rank: Rank, backend: str, world_size: int, sizes: list[int]) -> None:
@@ -291,7 +306,9 @@ def stay_away(rank: Rank, backend: str, world_size: int, name: str) -> list[str]
     if rank.rank == world_size - 1:
         rank.state[name] = group  # alive, so that the others see silence and not a death
         return []
-    messages = [failure_of(group.barrier), failure_of(group.barrier)]
+    sync = DpSync(group)
+    report = RankReport(1, 1, True, 0, 0, True, sequence=1, step_us=0)
+    messages = [failure_of(lambda: sync.exchange(report)), failure_of(group.barrier)]
     group.close()
     return messages
 

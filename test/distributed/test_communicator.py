@@ -56,6 +56,13 @@ def test_a_list_of_tensors_travels_together(ranks: RankProcesses, backend: str, 
 
 
 @ON_EACH
+def test_a_prepared_gather_takes_what_the_memory_holds_at_each_call(
+    ranks: RankProcesses, backend: str, world_size: int
+) -> None:
+    ranks.run(on_rank.check_prepared_gather, ranks=range(world_size), backend=backend, world_size=world_size)
+
+
+@ON_EACH
 def test_reductions_equal_the_sum_in_fp64(ranks: RankProcesses, backend: str, world_size: int) -> None:
     for sizes in all_distributions(world_size):
         ranks.run(
@@ -249,14 +256,15 @@ def test_a_closed_group_refuses_calls_and_may_be_closed_again() -> None:
 
 
 @BACKENDS
-def test_nobody_waits_for_ever_for_a_rank_that_does_not_come(ranks: RankProcesses, backend: str) -> None:
+def test_a_rank_that_does_not_come_to_dp_sync_is_named_when_the_deadline_is_over(
+    ranks: RankProcesses, backend: str
+) -> None:
     name = f"silence-{backend}"
     *waiting, _ = ranks.run(on_rank.stay_away, ranks=range(3), backend=backend, world_size=3, name=name)
     for rank, (first, second) in enumerate(waiting):
-        assert re.match(f"barrier in group '{name}', rank {rank}: .*0.5 s", first)
+        assert re.match(f"all_gather in group '{name}', rank {rank}: .*0.5 s", first)
         assert first in second
-        if backend == "shared_memory":
-            assert first.endswith("rank 2 did not arrive within 0.5 s")
+        assert first.endswith("rank 2 did not arrive within 0.5 s" if backend == "shared_memory" else "from rank 2")
 
 
 @BACKENDS

@@ -354,7 +354,11 @@ def test_work_in_progress_is_no_failure() -> None:
     ("launches", "waits", "message"),
     [
         (1, lambda group: group.synchronize(), "all_gather in .*did not finish it within 0.02 s"),
-        (3, lambda group: group.synchronize(0.01), "all_gather in .*all of the last 3 collectives within 0.01 s"),
+        (
+            3,
+            lambda group: group.synchronize(timeout_s=0.01),
+            "all_gather in .*all of the last 3 collectives within 0.01 s",
+        ),
         (0, lambda group: group.synchronize(), "synchronize in .*a CUDA graph or other work within 0.02 s"),
         (0, lambda group: group.barrier(), "barrier in .*did not finish it within 0.02 s"),
     ],

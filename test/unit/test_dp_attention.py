@@ -28,25 +28,14 @@ from nibble.layers.dp_attention import (
     mask_padding,
 )
 from nibble.layers.moe.token_dispatcher import AllGatherDispatcher
-from nibble.scheduler.dp_sync import DpSync
 from runners import data_parallel_state
 
 
 class ThirdOfThree(SingleRankCommunicator):
-    """Rank 2 of a group of three whose peers send what the test says."""
+    """Rank 2 of a group of three, in which nothing travels."""
 
-    def __init__(self, peers: list[list[int]] | None = None) -> None:
+    def __init__(self) -> None:
         Communicator.__init__(self, rank=2, world_size=3, name="dp")
-        self.peers = peers or []
-
-    def _all_gatherv(self, tensors, sizes):
-        return [torch.cat([torch.tensor(self.peers), tensors[0]])]
-
-
-class FourthOfFour(ThirdOfThree):
-    def __init__(self, peers: list[list[int]]) -> None:
-        super().__init__(peers)
-        self.rank, self.world_size = 3, 4
 
 
 def step_of(group: Communicator, *sizes: int, is_padding: torch.Tensor | None = None) -> DpStep:
@@ -154,46 +143,3 @@ def test_very_uneven_groups_are_not_padded():
     with dp_step(first_of_two_pairs(40, 1)):
         assert get_dp_padding_mode() is DpPaddingMode.SUM_LEN
         assert dp_pad(x) is x
-
-
-# dp_sync: every rank derives the same from the same messages
-
-
-def test_a_rank_without_work_takes_part_when_another_has_some():
-    result = DpSync(ThirdOfThree([[5, 2, 0, 1], [0, 0, 1, 1]])).exchange(0, 0, True, 1)
-    assert result.runs and not result.may_sleep
-    assert result.global_num_tokens == (5, 0, 0) and result.global_num_logit_rows == (2, 0, 0)
-
-
-def test_a_step_decodes_only_where_every_rank_says_so():
-    prefills = DpSync(ThirdOfThree([[5, 1, 0, 1], [1, 1, 1, 1]])).exchange(2, 2, True, 1)
-    assert not prefills.decodes_only
-    decodes = DpSync(ThirdOfThree([[5, 5, 1, 1], [0, 0, 1, 1]])).exchange(2, 2, True, 1)
-    assert decodes.decodes_only
-
-
-def test_ranks_sleep_only_when_all_are_idle_and_all_know_the_newest_message():
-    """A rank that has read a wake-up must not sleep before the rank that it was about has read its request."""
-    behind = DpSync(ThirdOfThree([[0, 0, 1, 7], [0, 0, 1, 6]])).exchange(0, 0, True, 7)
-    assert not behind.runs and not behind.may_sleep
-    together = DpSync(ThirdOfThree([[0, 0, 1, 7], [0, 0, 1, 7]])).exchange(0, 0, True, 7)
-    assert not together.runs and together.may_sleep
-
-
-def test_ranks_of_an_attention_group_speak_for_it_with_one_voice():
-    same = [[5, 2, 0, 1], [5, 2, 0, 1], [0, 0, 1, 1]]
-    result = DpSync(FourthOfFour(same), attn_tp_size=2).exchange(0, 0, True, 1)
-    assert (result.global_num_tokens, result.global_num_logit_rows, result.decodes_only) == ((5, 0), (2, 0), False)
-
-
-@pytest.mark.parametrize("other", [[4, 2, 0, 1], [5, 1, 0, 1], [5, 2, 1, 1], [5, 2, 0, 2]])
-def test_ranks_of_an_attention_group_that_diverge_are_an_error_and_no_hang(other):
-    messages = [[5, 2, 0, 1], other, [0, 0, 1, 1]]
-    with pytest.raises(RuntimeError, match="diverged"):
-        DpSync(FourthOfFour(messages), attn_tp_size=2).exchange(0, 0, True, 1)
-
-
-def test_a_single_rank_sleeps_when_it_has_nothing_to_do():
-    sync = DpSync(SingleRankCommunicator("dp"))
-    assert sync.exchange(0, 0, True, 3).may_sleep
-    assert sync.exchange(2, 1, False, 3).runs

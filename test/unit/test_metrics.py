@@ -23,7 +23,7 @@ from nibble.scheduler.rank_statistics import MoeTraffic, RankStatistics
 from nibble.scheduler.request import Request
 from nibble.scheduler.scheduler import ScheduledRequest
 from nibble.utils.errors import EngineDeadError
-from test_event_loop import Rank, new_request
+from test_event_loop import Rank, new_request, says
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROUTES = pytest.mark.parametrize("path", BODIES)
@@ -301,7 +301,7 @@ def test_a_busy_rank_reports_once_a_second_and_once_more_before_it_sleeps():
 
 
 def test_the_last_report_is_that_of_a_rank_at_rest_and_counts_all_its_steps():
-    rank = Rank([[new_request(1, prompt=20)]], peer=[[5, 1, 0, 0], [1, 1, 1, 1]])
+    rank = Rank([[new_request(1, prompt=20)]], peer=[says(5, sequence=0), says(1)])
     last = reports_of(rank, Clock(1e-6))[-1]
     mine, theirs = zip(*rank.sizes, strict=True)
     assert (last.num_running, last.num_queued, last.num_used_tokens, last.gen_throughput) == (0, 0, 0, 0)
@@ -316,7 +316,7 @@ def test_the_last_report_is_that_of_a_rank_at_rest_and_counts_all_its_steps():
 def test_a_group_that_never_meets_the_others_counts_its_own_rows_whatever_its_number():
     reports: list[RankStats] = []
     statistics = RankStatistics(3, MoeTraffic(10, 3), reports.append, Clock(10))
-    step = [ScheduledRequest(Request(new_request(1)), 3, samples=True)]
+    step = [ScheduledRequest(Request(new_request(1)), 0, 3, samples=True)]
     statistics.count_step(step, DpSyncResult((3,), (1,), decodes_only=False, may_sleep=False), 0.0)
     statistics.report(Rank([]).loop.scheduler, sleeps=False)
     assert [(report.rank, report.num_rows, report.dispatched_bytes) for report in reports] == [(3, 3, 0)]

@@ -12,9 +12,7 @@ def plan(running=(), waiting=(), available_pages=100, budget=8, max_running=16) 
     decoding = [request for request in running if request.remaining == 1]
     decode_pages = sum(pages_for(request.computed + 1, PAGE) - request.pages for request in decoding)
     prompts = [request for request in running if request.remaining > 1]
-    return plan_step(
-        Snapshot(len(decoding), decode_pages, prompts, waiting, available_pages, PAGE, budget, max_running)
-    )
+    return plan_step(Snapshot(len(running), decode_pages, prompts, waiting, available_pages, PAGE, budget, max_running))
 
 
 def settled_plan(running, available_pages, budget=8) -> tuple[StepPlan, int]:

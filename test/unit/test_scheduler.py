@@ -1,5 +1,6 @@
 """The books of one rank: no token lost or repeated, no page leaked, whatever arrives in whatever order."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from nibble.kv_cache.allocator import PageAllocator
 from nibble.kv_cache.radix_cache import Node, encode_tokens
 from nibble.sampling_params import SamplingParams
 from nibble.scheduler.request import Request
-from nibble.scheduler.scheduler import ScheduledRequest, Scheduler, SchedulerLimits
+from nibble.scheduler.scheduler import PENDING, ScheduledRequest, Scheduler, SchedulerLimits
 
 EOS = 0
 CONTEXT = 32
@@ -37,7 +38,8 @@ def make_request(
 
 
 def finish(scheduler: Scheduler, step: Sequence[ScheduledRequest], token: int | None = 7) -> list[object]:
-    return list(scheduler.finish_step(step, [token for entry in step if entry.samples]))
+    scheduler.begin_step(step)
+    return [booked.reason for booked in scheduler.finish_step(step, [token for entry in step if entry.samples])]
 
 
 def run(scheduler: Scheduler, *requests: Request) -> int:
@@ -100,8 +102,9 @@ def test_a_row_that_is_not_finite_ends_its_own_request_and_nobody_elses():
     scheduler.add(make_request("good", prompt=4, max_new_tokens=5))
     step = scheduler.schedule()
     pages = set(step[0].request.pages)
-    reasons = scheduler.finish_step(step, [None, 7])
-    assert reasons[0].type == "abort" and reasons[1] is None
+    scheduler.begin_step(step)
+    bad, good = scheduler.finish_step(step, [None, 7])
+    assert bad.reason.type == "abort" and good.reason is None
     assert [request.request_id for request in scheduler.running] == ["good"]
     assert set(scheduler.take_dirty_pages()) == pages, "its pages may hold NaN and must be cleared"
     assert scheduler.take_dirty_pages() == []
@@ -187,7 +190,7 @@ def test_nobody_starves_behind_a_stream_of_more_urgent_or_better_cached_requests
     assert overtakers <= 2
 
 
-def test_a_step_that_may_not_admit_says_how_many_it_holds_back():
+def test_a_step_that_may_not_admit_says_how_many_are_ready():
     scheduler = make_scheduler(max_running=3)
     scheduler.add(make_request("running", prompt=3, max_new_tokens=9))
     finish(scheduler, scheduler.schedule())
@@ -195,16 +198,22 @@ def test_a_step_that_may_not_admit_says_how_many_it_holds_back():
         scheduler.add(make_request(str(number), prompt=[number] * 3, max_new_tokens=2))
     step = scheduler.schedule(may_admit=False)
     assert [entry.request.request_id for entry in step] == ["running"]
-    assert scheduler.num_held == 2, "there are slots for two"
+    assert scheduler.num_ready == 2, "there are slots for two"
     finish(scheduler, step)
     assert len(scheduler.schedule()) == 3
-    assert scheduler.num_held == 0
 
 
 def test_a_leaked_page_is_found_at_idle():
     scheduler = make_scheduler()
     scheduler.kv.allocator.allocate(1)
     with pytest.raises(RuntimeError, match="1 KV pages leaked"):
+        scheduler.check_idle()
+
+
+def test_a_leaked_slot_is_found_at_idle():
+    scheduler = make_scheduler()
+    scheduler._free_slots.pop()
+    with pytest.raises(RuntimeError, match="1 request slots leaked"):
         scheduler.check_idle()
 
 
@@ -386,28 +395,41 @@ class Memory:
         for page in pages:
             self.slots[page * PAGE : (page + 1) * PAGE] = [CLEARED] * PAGE
 
-    def forward(self, entry: ScheduledRequest, produces_nan: bool) -> bool:
-        """Writes the keys of a step, checks all that it attends to, and returns whether the logits are finite."""
-        request, end = entry.request, entry.request.num_computed + entry.num_tokens
+    def forward(self, entry: ScheduledRequest, tokens: Sequence[int], produces_nan: bool) -> bool:
+        """Writes the keys of a step, checks all that it attends to, and returns whether the logits are finite.
+
+        `tokens` are the request's as the device knows them.
+        """
+        request, end = entry.request, entry.start + entry.num_tokens
         slots = [page * PAGE + offset for page in request.pages for offset in range(PAGE)]
-        assert request.num_computed >= request.num_shared * PAGE, "pages that others share are never written"
-        for position in range(request.num_computed, end):
-            self.slots[slots[position]] = NAN if produces_nan else tuple(request.token_ids[: position + 1])
+        assert entry.start >= request.num_shared * PAGE, "pages that others share are never written"
+        for position in range(entry.start, end):
+            self.slots[slots[position]] = NAN if produces_nan else tuple(tokens[: position + 1])
         read = [self.slots[slot] for slot in slots[:end]]
-        expected = [tuple(request.token_ids[: position + 1]) for position in range(end)]
+        expected = [tuple(tokens[: position + 1]) for position in range(end)]
         assert all(found in (NAN, right) for found, right in zip(read, expected, strict=True))
         return NAN not in (self.slots[slot] for slot in slots)  # attention multiplies masked slots by zero
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random arrivals, steps, aborts, flushes and failures, against the plain expectation of each request."""
+    """Random arrivals, steps, aborts, flushes and failures, against the plain expectation of each request.
+
+    Where steps overlap, each is begun before the tokens of the one before are known.
+    """
 
     reuse = True
+    overlaps = False
+    policy = "fcfs"
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make_scheduler(num_pages=9, budget=5, max_running=3, reuse=self.reuse)
+        self.scheduler = make_scheduler(
+            num_pages=9, budget=5, max_running=3, reuse=self.reuse, policy=self.policy, max_overtakes=3
+        )
         self.memory = Memory(9)
+        self.unfinished: tuple[list[ScheduledRequest], list[int | None]] | None = None
+        self.device: dict[str, list[int]] = {}
+        """The tokens of each request as the device knows them."""
         self.live: dict[str, Request] = {}
         self.expected: dict[str, list[int]] = {}
         self.failing: set[str] = set()
@@ -420,7 +442,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         beginning = data.draw(st.sampled_from(self.seen))[: data.draw(st.integers(0, 20))]
         more = data.draw(st.lists(st.integers(5, 6), min_size=not beginning, max_size=22 - len(beginning)))
         self.count += 1
-        request = make_request(f"r{self.count}", beginning + more, max_new_tokens)
+        priority = data.draw(st.integers(0, 1))
+        request = make_request(f"r{self.count}", beginning + more, max_new_tokens, priority)
+        self.device[request.request_id] = list(request.token_ids)
         self.live[request.request_id] = request
         self.expected[request.request_id] = list(request.token_ids)
         self.scheduler.add(request)
@@ -436,45 +460,72 @@ class SchedulerMachine(RuleBasedStateMachine):
     def flush(self):
         self.scheduler.flush_cache()
 
-    @rule(data=st.data())
-    def step(self, data):
-        step = self.scheduler.schedule()
-        assert bool(step) == bool(self.live), "there is a step exactly when there is work"
+    @rule(data=st.data(), may_admit=st.sampled_from([True, True, True, False]))
+    def step(self, data, may_admit):
+        step = self.scheduler.schedule(may_admit)
+        if step is None:
+            assert self.overlaps, "only a token that is not known keeps a request from being retracted"
+            self.finish()
+            step = self.scheduler.schedule(may_admit)
+        if not self.unfinished and may_admit:
+            assert bool(step) == bool(self.live), "there is a step exactly when there is work"
         self.memory.clear(self.scheduler.take_dirty_pages())
+        begun = step, self.run_on_device(data, step)
+        self.scheduler.begin_step(step)
+        self.finish()
+        self.unfinished = begun
+        if not self.overlaps:
+            self.finish()
+
+    def run_on_device(self, data, step) -> list[int | None]:
         tokens: list[int | None] = []
         for entry in step:
             name = entry.request.request_id
             if data.draw(st.integers(0, 9)) == 9:
                 self.failing.add(name)
-            finite = self.memory.forward(entry, produces_nan=name in self.failing)
+            finite = self.memory.forward(entry, self.device[name], produces_nan=name in self.failing)
             assert finite == (name not in self.failing), "who fails, fails by itself"
             if entry.samples:
                 tokens.append(data.draw(st.sampled_from([EOS, 5, 6])) if finite else None)
+                self.device[name].append(tokens[-1] or 0)
+        return tokens
+
+    def finish(self) -> None:
+        if self.unfinished is None:
+            return
+        (step, tokens), self.unfinished = self.unfinished, None
+        booked = self.scheduler.finish_step(step, tokens)
         sampling = [entry.request for entry in step if entry.samples]
-        reasons = self.scheduler.finish_step(step, tokens)
-        for request, token, reason in zip(sampling, tokens, reasons, strict=True):
-            if token is not None:
-                self.expected[request.request_id].append(token)
+        assert [sampling[token.row] for token in booked] == [token.request for token in booked]
+        assert {token.request.request_id for token in booked} == {r.request_id for r in sampling} & self.live.keys()
+        for row, request, reason in booked:
+            if tokens[row] is not None:
+                self.expected[request.request_id].append(tokens[row])
             assert request.cached_tokens < request.prompt_length
             if reason is not None:
-                assert token in (None, EOS) or request.num_generated == request.sampling.max_new_tokens
+                assert tokens[row] in (None, EOS) or request.num_generated == request.sampling.max_new_tokens
+                assert request.token_ids == self.expected[request.request_id]
                 self.forget(request.request_id)
 
     def forget(self, name: str) -> None:
-        self.seen.append(self.live.pop(name).token_ids)
-        self.failing.discard(name)
+        self.live.pop(name)
+        self.seen.append(self.expected[name])
 
     @invariant()
     def every_request_is_somewhere_with_its_own_tokens(self):
         known = [*self.scheduler.running, *self.scheduler.waiting]
         assert sorted(request.request_id for request in known) == sorted(self.live)
         for name, request in self.live.items():
-            assert request.token_ids == self.expected[name]
+            known = [token for token in request.token_ids if token != PENDING]
+            assert known == self.expected[name]
+            assert len(request.token_ids) - len(known) <= 1
 
     @invariant()
     def every_page_is_free_or_cached_or_one_requests_own(self):
         kv = self.scheduler.kv
-        known = [*self.scheduler.running, *self.scheduler.waiting]
+        in_flight = [entry.request for entry in self.unfinished[0]] if self.unfinished else []
+        ended = [request for request in in_flight if request.has_ended]
+        known = [*self.scheduler.running, *self.scheduler.waiting, *ended]
         own = [page for request in known for page in request.pages[request.num_shared :]]
         shared = {page for request in known for page in request.pages[: request.num_shared]}
         cached = cached_pages(kv.cache.root)
@@ -483,8 +534,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert kv.cache.num_pages == len(cached)
         assert kv.cache.num_evictable == len(cached) - len(shared)
         assert self.reuse or not cached
+        slots = [request.slot for request in (*self.scheduler.running, *ended)]
+        assert sorted([*slots, *self.scheduler._free_slots]) == [0, 1, 2]
 
     def teardown(self):
+        self.finish()
         for _ in range(2000):
             if self.scheduler.is_idle:
                 break
@@ -501,10 +555,23 @@ class WithoutReuse(SchedulerMachine):
     reuse = False
 
 
+class WithOverlap(SchedulerMachine):
+    overlaps = True
+
+
+class LongestPrefixFirst(SchedulerMachine):
+    overlaps = True
+    policy = "lpm"
+
+
+EXAMPLES = int(os.environ.get("NIBBLE_SCHEDULER_EXAMPLES", "40"))
+"""Each has up to 60 steps; set it to some thousands for an hour's search."""
+for machine in (SchedulerMachine, WithoutReuse, WithOverlap, LongestPrefixFirst):
+    machine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=60, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
 TestWithoutReuse = WithoutReuse.TestCase
-TestWithoutReuse.settings = settings(max_examples=20, stateful_step_count=60, deadline=None)
+TestWithOverlap = WithOverlap.TestCase
+TestLongestPrefixFirst = LongestPrefixFirst.TestCase
 
 
 @settings(max_examples=30, deadline=None)

@@ -70,6 +70,8 @@ class EngineConfig:
     context_length: int
     num_pages: int | None
     """Of one rank's KV cache; None leaves it to the ranks, which know once their weights are loaded."""
+    overlap_schedule: bool
+    """Whether a rank prepares a step while its GPU still runs the one before."""
     random_seed: int
 
     @property
@@ -91,10 +93,16 @@ class EngineConfig:
             f"kernels: {self.kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
             f"attention: {self._attention_in_words()}",
+            f"overlap of scheduling and GPU work: {self._overlap_in_words()}",
             f"KV cache: {size} a rank in {self.kv_cache_dtype}{self._unused_kv_scales()}, "
             f"pages of {self.args.page_size}; "
             f"context length: {self.context_length}",
         ]
+
+    def _overlap_in_words(self) -> str:
+        if self.overlap_schedule:
+            return "on"
+        return "off (--disable-overlap-schedule)" if self.device == "cuda" else "off (a CPU does one or the other)"
 
     def _attention_in_words(self) -> str:
         attention = self.attention_backend + (f" ({self.no_flashinfer})" if self.no_flashinfer else "")
@@ -185,6 +193,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
         rank_cores=None if on_gpu else _resolve_rank_cores(args, machine.cpu_cores, parallel.world_size),
         context_length=context_length,
         num_pages=num_pages,
+        overlap_schedule=on_gpu and not args.disable_overlap_schedule,
         random_seed=args.random_seed if args.random_seed is not None else secrets.randbits(62),
     )
 

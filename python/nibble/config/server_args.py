@@ -53,6 +53,12 @@ class ServerArgs:
         "--ep",
         "--expert-parallel-size",
     )
+    load_balance_method: str = flag(
+        "total_tokens",
+        "Which DP rank gets a request. total_tokens, total_requests: the one with the fewest outstanding, where a"
+        " cached prefix counts as done or decides between equals; round_robin: in turns.",
+        choices=("round_robin", "total_requests", "total_tokens"),
+    )
     enable_dp_attention: bool = flag(
         False, "Attention data-parallel: each of --dp-size groups of ranks serves its own requests."
     )
@@ -148,6 +154,16 @@ class ServerArgs:
     max_overtakes: int = flag(
         128, "How many later requests may go before a waiting one, for their priority or prefix; then it is its turn."
     )
+    disable_overlap_schedule: bool = flag(
+        False, "Wait for each step of a GPU before the next one is prepared. CPU ranks always do."
+    )
+    disable_prefill_delayer: bool = flag(
+        False, "Admit waiting requests at once, even where all ranks that only decode wait for their prompts."
+    )
+    prefill_delayer_max_delay_passes: int = flag(
+        30, "Steps for which waiting requests are held back at most, until more ranks have some to admit."
+    )
+    prefill_delayer_max_delay_ms: float = flag(200.0, "The same in milliseconds; whatever is over first.")
     random_seed: int | None = flag(None, "Seed for requests that bring none. Default: drawn at start.")
 
     # Server
@@ -211,6 +227,7 @@ def require_positive(args: ServerArgs) -> None:
         "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
         "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
         "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs", "moe_dense_tp_size", "max_overtakes",
+        "prefill_delayer_max_delay_passes", "prefill_delayer_max_delay_ms",
     )  # fmt: skip
     for name in names:
         value = getattr(args, name)

@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from nibble.config.resolve import EngineConfig
 from nibble.controller.load_balancer import LoadBalancer
+from nibble.controller.prefix_record import PrefixRecord
 from nibble.controller.request_state import RequestState
 from nibble.controller.supervisor import Supervisor
 from nibble.generation import GenerationOutput, GenerationRequest
@@ -39,6 +40,10 @@ from nibble.tokenizer.tokenizer import Tokenizer
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
 
 logger = logging.getLogger(__name__)
+
+PAGES_PER_BLOCK = 2
+MAX_PREFIX_BLOCKS = 1 << 18
+"""What the load balancer remembers of the prompts that ranks got: about 30 MB, 8 million tokens with pages of 16."""
 
 State = Literal["starting", "ready", "draining", "dead"]
 
@@ -65,7 +70,7 @@ class AsyncEngine:
         self._ready = asyncio.Event()
         self._stages: dict[int, str] = {}
         self._requests: dict[str, RequestState] = {}
-        self._balancer = LoadBalancer(self.dp_size)
+        self._balancer = _load_balancer(config)
         self._sequence = 0
         self._seeds = random.Random(config.random_seed)
         self._supervisor: Supervisor | None = None  # until start
@@ -148,6 +153,7 @@ class AsyncEngine:
             "resolved": resolved,
             "state": self._state,
             "requests_per_rank": self._balancer.requests_per_rank(),
+            "outstanding_tokens_per_rank": self._balancer.tokens_per_rank(),
             "rank_process_ids": self._supervisor.process_ids if self._supervisor else [],
         }
 
@@ -185,15 +191,15 @@ class AsyncEngine:
                 f"the cache can't be flushed while requests run or wait, and there are {len(self._requests)}; "
                 "try again when they have ended"
             )
+        self._balancer.forget_prefixes()
         for rank in range(self.dp_size):
             self._send(rank, FlushCache())
 
     def _submit(self, request: GenerationRequest) -> RequestState:
         self._check(request)
         self._check_capacity()
-        num_tokens = len(request.input_ids) + request.sampling.max_new_tokens
-        rank = self._balancer.choose(num_tokens, request.data_parallel_rank)
-        state = RequestState(request, rank, num_tokens, self.tokenizer)
+        booking = self._balancer.book(request.input_ids, request.sampling.max_new_tokens, request.data_parallel_rank)
+        state = RequestState(request, booking, self.tokenizer)
         self._requests[request.request_id] = state
         seed = request.sampling.sampling_seed
         self._sequence += 1
@@ -209,7 +215,7 @@ class AsyncEngine:
             priority=request.priority,
         )
         for peer in range(self.dp_size):
-            self._send(peer, message if peer == rank else Wake(self._sequence))
+            self._send(peer, message if peer == state.rank else Wake(self._sequence))
         return state
 
     def _check(self, request: GenerationRequest) -> None:
@@ -247,7 +253,7 @@ class AsyncEngine:
 
     def _forget(self, state: RequestState) -> None:
         if self._requests.pop(state.request.request_id, None) is not None:
-            self._balancer.release(state.rank, state.num_tokens)
+            self._balancer.release(state.booking)
             if not state.rank_has_finished and self._state != "dead":
                 self._send(state.rank, AbortRequest(state.request.request_id))
 
@@ -273,6 +279,7 @@ class AsyncEngine:
                 for update in message.updates:
                     state = self._requests.get(update.request_id)
                     if state is not None:
+                        self._balancer.progress(state.booking, len(update.token_ids))
                         state.update(update)
             case RankStats():
                 self.on_rank_stats(message)
@@ -305,3 +312,9 @@ class AsyncEngine:
             state.fail(EngineDeadError(reason))
         if notify:
             self._on_dead(reason)
+
+
+def _load_balancer(config: EngineConfig) -> LoadBalancer:
+    args = config.args
+    prefixes = None if args.disable_radix_cache else PrefixRecord(args.page_size * PAGES_PER_BLOCK, MAX_PREFIX_BLOCKS)
+    return LoadBalancer(config.parallel.dp_size, args.load_balance_method, prefixes)

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from nibble.controller.load_balancer import Booking
 from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, TokenLogprob
 from nibble.ipc.messages import TokenUpdate
 from nibble.tokenizer.detokenizer import IncrementalDetokenizer
@@ -11,11 +12,10 @@ from nibble.tokenizer.tokenizer import Tokenizer
 class RequestState:
     """Collects a request's tokens, turns them into text and finds its stop strings."""
 
-    def __init__(self, request: GenerationRequest, rank: int, num_tokens: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: GenerationRequest, booking: Booking, tokenizer: Tokenizer) -> None:
         self.request = request
-        self.rank = rank
-        self.num_tokens = num_tokens
-        """What the load balancer has booked."""
+        self.booking = booking
+        self.rank = booking.rank
         self.rank_has_finished = False
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, request.sampling.stop, request.sampling.skip_special_tokens

@@ -14,6 +14,7 @@ zero rows, as every one of them can see in `sizes`, nothing travels. A communica
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -82,6 +83,22 @@ class Communicator(ABC):
         self._check_rows("all_gather", x)
         return self._gather("all_gather", (x,), (x.shape[0],) * self.world_size)[0]
 
+    def prepare_all_gather(self, x: Tensor, output: Tensor) -> Callable[[], None]:
+        """An `all_gather` of the same memory again and again: each call of what this returns is the collective.
+
+        `x [T, ...]` is gathered into `output [W*T, ...]`; the caller keeps both.
+        """
+        for tensor in (x, output):
+            self._check_rows("all_gather", tensor)
+        expected = (x.shape[0] * self.world_size, *x.shape[1:])
+        if output.shape != expected or output.dtype != x.dtype or not x.numel():
+            raise self._refusal(
+                "all_gather",
+                f"cannot gather {tuple(x.shape)} {x.dtype} into {tuple(output.shape)} {output.dtype}, "
+                f"expected {expected} of the same dtype, and not nothing",
+            )
+        return partial(self._run, "all_gather", self._prepare_all_gather(x, output))
+
     def reduce_scatter(self, x: Tensor) -> Tensor:  # [W*T, ...] -> [T, ...]
         """This rank's rows of the sum of `x` over all ranks."""
         self._check_rows("reduce_scatter", x)
@@ -135,8 +152,8 @@ class Communicator(ABC):
         """Returns once every rank has entered."""
         self._run("barrier", self._barrier)
 
-    def synchronize(self) -> None:  # noqa: B027 - nothing to do unless a backend has
-        """Returns once results may be read: at once where collectives return with them done.
+    def synchronize(self, event: torch.cuda.Event | None = None) -> None:  # noqa: B027 - unless a backend has to wait
+        """Returns once results may be read, or those from before the event: at once where they are done on return.
 
         Raises CollectiveError for what went wrong since the last time.
         """
@@ -168,6 +185,15 @@ class Communicator(ABC):
         output = torch.empty_like(flat)
         sum_in_rank_order(terms.view(self.world_size, -1).unbind(), output)
         return output.view(x.shape)
+
+    def _prepare_all_gather(self, x: Tensor, output: Tensor) -> Callable[[], None]:
+        """For backends that have nothing better, which allocates at every call."""
+        sizes = (x.shape[0],) * self.world_size
+
+        def gather() -> None:
+            output.copy_(self._all_gatherv((x,), sizes)[0])
+
+        return gather
 
     @abstractmethod
     def _all_gatherv(self, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> list[Tensor]: ...

@@ -5,8 +5,9 @@ Every group is a gloo process group of its own; the default group of torch.distr
 
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from nibble.distributed.communicator import CollectiveError, Communicator, PeerError, sum_in_rank_order
+
+NAMING_S = 1.0
+"""How long a rank whose collective failed waits for its peers to notice, so that it can name the one that did not."""
 
 ProcessGroupGloo: Any = torch.distributed.ProcessGroupGloo  # its type stubs lack the collectives
 
@@ -52,7 +56,8 @@ class GlooCommunicator(Communicator):
                 if isinstance(store, str):
                     store = open_store(store, rank, world_size, timeout_s)
                 options._devices = [ProcessGroupGloo.create_device(hostname=listen_address)]
-                self._gloo = ProcessGroupGloo(PrefixStore(name, store), rank, world_size, options)
+                self._store = PrefixStore(name, store)
+                self._gloo = ProcessGroupGloo(self._store, rank, world_size, options)
         except PeerError as error:
             raise CollectiveError(f"joining group {name!r}, rank {rank}: {error}") from error
 
@@ -72,6 +77,13 @@ class GlooCommunicator(Communicator):
         for output, column in zip(outputs, columns, strict=True):
             _rows_as_bytes(output).copy_(column)
         return outputs
+
+    def _prepare_all_gather(self, x: Tensor, output: Tensor) -> Callable[[], None]:
+        def gather() -> None:
+            with self._peer_errors():
+                self._gloo._allgather_base(_as_bytes(output), _as_bytes(x)).wait()
+
+        return gather
 
     def _gather_rows(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         output = x.new_empty((sum(sizes), *x.shape[1:]))
@@ -117,7 +129,22 @@ class GlooCommunicator(Communicator):
             yield
         except RuntimeError as error:
             reason = re.sub(r"^\[\S+\] ", "", str(error))  # gloo begins with the place in its own source
-            raise PeerError(f"{reason} (the limit is {self._timeout_s:g} s)") from error
+            raise PeerError(f"{reason} (the limit is {self._timeout_s:g} s){self._silent_peers()}") from error
+
+    def _silent_peers(self) -> str:
+        """Names the peers that do not fail, too: gloo only knows that somebody did not come."""
+        if not hasattr(self, "_gloo"):
+            return ""  # while joining
+        with suppress(RuntimeError):  # the store went with the rank that served it
+            self._store.set(f"failed.{self.rank}", "")
+            silent = set(range(self.world_size)) - {self.rank}
+            deadline = time.monotonic() + NAMING_S
+            while silent and time.monotonic() < deadline:
+                time.sleep(0.05)
+                silent = {peer for peer in silent if not self._store.check([f"failed.{peer}"])}
+            if silent:
+                return f"; no word from rank {' and '.join(map(str, sorted(silent)))}"
+        return ""
 
 
 def open_store(address: str, rank: int, world_size: int, timeout_s: float) -> Store:

@@ -110,15 +110,16 @@ class PyNcclCommunicator(Communicator):
         except TimeoutError:
             raise NcclError(f"a rank failed: ncclCommInitRank did not return within {self._timeout_s:g} s") from None
 
-    def synchronize(self, timeout_s: float | None = None) -> None:
-        """Waits until all work on the current stream is done, replayed CUDA graphs among it.
+    def synchronize(self, event: torch.cuda.Event | None = None, timeout_s: float | None = None) -> None:
+        """Waits until all work on the current stream is done, replayed CUDA graphs among it, or all before the event.
 
         A peer that died, did not arrive within `timeout_s` (by default that of the group) or entered another
         collective is a CollectiveError: the kernels that wait for it are ended, what they had to write is garbage,
         and the group is closed. The error names the newest collective and says how many it may be instead.
         """
         self._refuse_during_capture("synchronize")
-        super()._run(self._suspect("synchronize"), self._wait, self._timeout_s if timeout_s is None else timeout_s)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        super()._run(self._suspect("synchronize"), self._wait, timeout_s, event)
 
     def watch(self, raise_failure: Callable[[], None]) -> None:
         """Has `synchronize` and `check` call this, which raises PeerError once kernels that meet peers without NCCL
@@ -229,16 +230,16 @@ class PyNcclCommunicator(Communicator):
     def _barrier(self) -> None:
         address = self._token.data_ptr()
         self._nccl.all_reduce(address, address, 1, DataType.UINT8, *self._comm_and_stream())
-        self._wait(self._timeout_s)
+        self._wait(self._timeout_s, None)
 
     def _comm_and_stream(self) -> tuple[Comm, int]:
         assert self._comm is not None  # a closed group refuses calls before they come here
         return self._comm, self._cuda.current_stream(self.device).cuda_stream
 
-    def _wait(self, timeout_s: float) -> None:
-        stream = self._cuda.current_stream(self.device)
+    def _wait(self, timeout_s: float, event: torch.cuda.Event | None) -> None:
+        work = event if event is not None else self._cuda.current_stream(self.device)
         deadline = time.monotonic() + timeout_s
-        while not stream.query():
+        while not work.query():
             self._poll()
             if time.monotonic() > deadline:
                 raise PeerError(self._stuck(timeout_s))

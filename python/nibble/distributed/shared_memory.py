@@ -30,11 +30,12 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -121,7 +122,14 @@ class SharedMemoryCommunicator(Communicator):
         total = sum(sizes)
         outputs = [tensor.new_empty((total, *tensor.shape[1:])) for tensor in tensors]
         plan = _plan_gather(sizes, tuple([output.nbytes // total for output in outputs]), self._half_bytes)
-        sources, targets = _pointers(tensors), _pointers(outputs)
+        self._gather_rounds(plan, _pointers(tensors), _pointers(outputs))
+        return outputs
+
+    def _prepare_all_gather(self, x: Tensor, output: Tensor) -> Callable[[], None]:
+        plan = _plan_gather((x.shape[0],) * self.world_size, (x.nbytes // x.shape[0],), self._half_bytes)
+        return functools.partial(self._gather_rounds, plan, _pointers((x,)), _pointers((output,)))
+
+    def _gather_rounds(self, plan: "_GatherPlan", sources: "_Pointers", targets: "_Pointers") -> None:
         for copies, first in plan.rounds:
             half = self._next_half()
             header = self._header_of(plan.signature)
@@ -129,7 +137,6 @@ class SharedMemoryCommunicator(Communicator):
             if not self._library.gather(self._group, self._round, header, *where, sources, targets):
                 self._wait(header)
                 self._library.take_rows(self._group, *where, targets)
-        return outputs
 
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         # Half a segment holds one slot per rank: what the segment's owner adds to the rows of that rank.
@@ -280,7 +287,10 @@ def _flattened(copies: list[list[_Copy]]) -> tuple["ctypes.Array[_Copy]", "ctype
     return (_Copy * len(everything))(*everything), (ctypes.c_int64 * len(first))(*first)
 
 
-def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
+_Pointers: TypeAlias = "ctypes.Array[ctypes.c_void_p]"
+
+
+def _pointers(tensors: Sequence[Tensor]) -> _Pointers:
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 

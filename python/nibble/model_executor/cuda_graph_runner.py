@@ -16,6 +16,7 @@ from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch, GraphAttentionBackend, GraphAttentionStep
 from nibble.layers.dp_attention import DpStep, dp_step
 from nibble.model_executor.forward_batch import ForwardBatch
+from nibble.model_executor.future_tokens import FutureTokens
 from nibble.models.registry import CausalLM
 
 
@@ -30,15 +31,18 @@ class CudaGraphRunner:
         parallel: ParallelState,
         graph_rows: Sequence[int],
         context_length: int,
+        future_tokens: FutureTokens | None,
         show_progress: bool,
     ) -> None:
         """Captures a graph for each of `graph_rows`, ascending. Collective: every rank captures the same."""
         self.model, self.pool, self.parallel = model, pool, parallel
+        self.future_tokens = future_tokens
         self.graph_rows = tuple(graph_rows)
         largest = self.graph_rows[-1]
         device = pool.device
         # Token ids, positions and the number of rows that are no padding: one copy to the device a step.
         self._host_inputs = torch.zeros(2 * largest + 1, dtype=torch.int64, pin_memory=True)
+        self._inputs_copied = torch.cuda.Event()
         self._inputs = torch.zeros(2 * largest + 1, dtype=torch.int64, device=device)
         self._row_index = torch.arange(largest, device=device)[:, None]  # [largest, 1]
         self._graphs: dict[int, _Graph] = {}
@@ -85,7 +89,7 @@ class CudaGraphRunner:
     def _set_inputs(self, graph: "_Graph", batch: ForwardBatch | None) -> None:
         rows, largest = graph.rows, self.graph_rows[-1]
         filled = len(batch.input_ids) if batch else 0
-        # The last step's copy is done: its tokens have been read.
+        self._inputs_copied.synchronize()  # of the last step, from the same memory
         inputs = self._host_inputs
         inputs.zero_()
         if batch is not None:
@@ -93,7 +97,10 @@ class CudaGraphRunner:
             inputs[largest : largest + filled] = torch.tensor(batch.positions)
         inputs[-1] = filled
         self._inputs.copy_(inputs, non_blocking=True)
+        if self.future_tokens is not None:
+            self._inputs[:filled] = self.future_tokens.resolve(self._inputs[:filled])
         graph.attention.plan(self._padded(batch.attention if batch else AttentionBatch([], [], []), rows))
+        self._inputs_copied.record()
 
     def _padded(self, batch: AttentionBatch, rows: int) -> AttentionBatch:
         padding = rows - len(batch.seq_lens)

@@ -14,10 +14,12 @@ from nibble.layers.attention.registry import create_attention_backend
 from nibble.layers.dp_attention import DpStep, dp_step
 from nibble.model_executor.cuda_graph_runner import CudaGraphRunner
 from nibble.model_executor.forward_batch import ForwardBatch
+from nibble.model_executor.future_tokens import FutureTokens
 from nibble.model_executor.weight_loader import load_weights
 from nibble.models.registry import create_model
 from nibble.utils.dtypes import torch_dtype
 from nibble.utils.errors import ConfigError
+from nibble.utils.transfer import to_device
 
 
 class ModelRunner:
@@ -39,6 +41,10 @@ class ModelRunner:
             self.device,
             self._shows_progress,
         )
+        self.future_tokens = (
+            FutureTokens(config.args.max_running_requests, self.device) if config.overlap_schedule else None
+        )
+        self._inputs_copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self._graphs: CudaGraphRunner | None = None
         num_pages = config.num_pages
         if self.device.type == "cuda":
@@ -57,6 +63,7 @@ class ModelRunner:
                 parallel,
                 config.cuda_graph_rows,
                 config.context_length,
+                self.future_tokens,
                 self._shows_progress,
             )
 
@@ -137,7 +144,8 @@ class ModelRunner:
 
         The sizes are the rows of every attention group, and how many of them need logits, by default all.
         `decodes_only` says of the step on all ranks that every sequence has one row. The logits may be overwritten by
-        the next call. Raises CollectiveError if a peer fails; otherwise they may be read.
+        the next call. Raises CollectiveError if a peer fails; otherwise they may be read, where steps overlap once
+        the device has got there.
         """
         graph_rows = self._graphs.rows_for(max(global_num_tokens)) if self._graphs and decodes_only else None
         if self._graphs and graph_rows:
@@ -146,23 +154,44 @@ class ModelRunner:
             sizes, logit_sizes = tuple(global_num_tokens), tuple(global_num_logit_rows or global_num_tokens)
             with dp_step(DpStep(self.parallel, sizes, logit_sizes)):
                 logits = self._forward(batch)
-        self.parallel.tp_group.synchronize()
+        if self.future_tokens is None:
+            self.synchronize(None)
         return logits
+
+    def record_event(self) -> torch.cuda.Event | None:
+        """The end of what the device has been given so far; None on a CPU, where it is done."""
+        if self.device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def synchronize(self, event: torch.cuda.Event | None) -> None:
+        """Returns when everything before the event is done, or everything. Raises CollectiveError if a peer fails."""
+        self.parallel.tp_group.synchronize(event)
+        if event is not None:
+            event.synchronize()
 
     def _forward(self, batch: ForwardBatch | None) -> torch.Tensor:
         if batch is None:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             return self.model.compute_logits(self.model.forward(nothing, nothing, None))
-        hidden = self.model.forward(
-            torch.tensor(batch.input_ids, device=self.device),
-            torch.tensor(batch.positions, device=self.device),
-            self.attention_backend.plan(batch.attention),
-        )
+        if self._inputs_copied is not None:
+            self._inputs_copied.synchronize()  # of the last step, from memory that planning attention writes again
+        inputs = self._input_ids(batch), to_device(batch.positions, self.device)
+        attention = self.attention_backend.plan(batch.attention)
+        if self._inputs_copied is not None:
+            self._inputs_copied.record()
+        hidden = self.model.forward(*inputs, attention)
         return self.model.compute_logits(_select(hidden, batch))
+
+    def _input_ids(self, batch: ForwardBatch) -> torch.Tensor:
+        input_ids = to_device(batch.input_ids, self.device)
+        return input_ids if self.future_tokens is None else self.future_tokens.resolve(input_ids)
 
 
 def _select(rows: torch.Tensor, batch: ForwardBatch | None) -> torch.Tensor:
     """The rows of a step that logits are wanted for."""
     if batch is None or len(batch.logit_rows) == rows.shape[0]:
         return rows
-    return rows[batch.logit_rows]
+    return rows[to_device(batch.logit_rows, rows.device)]

@@ -1,7 +1,7 @@
 """Chooses the next token of each request from its logits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from nibble.generation import TokenLogprob
 from nibble.kernels.torch.sampling import argmax, filter_logits, gumbel_argmax
 from nibble.sampling_params import SamplingParams
+from nibble.utils.transfer import to_device, to_host
 
 SMALLEST_TEMPERATURE = 1e-5
 """Below it sampling is greedy: dividing the logits by less would overflow."""
@@ -43,20 +44,21 @@ class Sampler:
         self.argmax = argmax
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """What `launch` samples, once it is known."""
+        return self.launch(logits, rows).tokens()
+
+    def launch(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> "SampledBatch":
         """`logits [R, V]` fp32, one row a request. Log-probabilities are the model's own, before any change."""
         tokens = self.argmax(logits)
-        finite = (tokens >= 0).tolist()
+        is_finite = tokens >= 0
         adjusted = self._adjust(logits, rows)
         if adjusted is not logits:
             tokens = adjusted.argmax(dim=-1)
         drawn = [index for index, row in enumerate(rows) if row.sampling.temperature >= SMALLEST_TEMPERATURE]
         if drawn:
-            tokens[drawn] = _draw(adjusted[drawn], [rows[index] for index in drawn])
-        logprobs = _logprobs(logits, rows, tokens)
-        return [
-            SampledToken(token if ok else None, logprob if ok else None)
-            for token, ok, logprob in zip(tokens.tolist(), finite, logprobs, strict=True)
-        ]
+            chosen = to_device(drawn, logits.device)
+            tokens[chosen] = _draw(adjusted[chosen], [rows[index] for index in drawn])
+        return SampledBatch(tokens, is_finite, _logprobs(logits, rows, tokens))
 
     def _adjust(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         """Logit bias, penalties and the ban on early stops, for the rows that have any."""
@@ -94,29 +96,72 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     sampling = [row.sampling for row in rows]
     vocab_size = logits.shape[1]
     device = logits.device
-    logits = logits / torch.tensor([[s.temperature] for s in sampling], device=device)
+    logits = logits / to_device([s.temperature for s in sampling], device, torch.float32)[:, None]
     if any(s.top_k != -1 or s.top_p < 1 or s.min_p > 0 for s in sampling):
         logits = filter_logits(
             logits,
-            torch.tensor([s.top_k if s.top_k > 0 else vocab_size for s in sampling], device=device),
-            torch.tensor([s.top_p for s in sampling], device=device),
-            torch.tensor([s.min_p for s in sampling], device=device),
+            to_device([s.top_k if s.top_k > 0 else vocab_size for s in sampling], device),
+            to_device([s.top_p for s in sampling], device, torch.float32),
+            to_device([s.min_p for s in sampling], device, torch.float32),
         )
-    seeds = torch.tensor([row.seed for row in rows], device=device)
-    positions = torch.tensor([row.num_generated for row in rows], device=device)
+    seeds = to_device([row.seed for row in rows], device)
+    positions = to_device([row.num_generated for row in rows], device)
     return gumbel_argmax(logits, seeds, positions)
 
 
-def _logprobs(logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> list[TokenLogprob | None]:
+@dataclass(frozen=True)
+class _Logprobs:
+    """Of the `rows` that want them: of the token sampled `chosen [L]`, and the `best [L, N]` with their `ids [L, N]`,
+    of which row i wants the first `counts[i]`.
+    """
+
+    rows: list[int]
+    counts: list[int]
+    chosen: torch.Tensor
+    best: torch.Tensor
+    ids: torch.Tensor
+
+    def to_host(self) -> "_Logprobs":
+        return replace(self, chosen=to_host(self.chosen), best=to_host(self.best), ids=to_host(self.ids))
+
+    def of_tokens(self, token_ids: Sequence[int]) -> dict[int, TokenLogprob]:
+        """By row."""
+        columns = zip(self.rows, self.counts, self.chosen.tolist(), self.best.tolist(), self.ids.tolist(), strict=True)
+        return {
+            row: TokenLogprob(logprob, token_ids[row], tuple(zip(best[:count], ids[:count], strict=True)))
+            for row, count, logprob, best, ids in columns
+        }
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """What was sampled for R rows, as tensors that may not have been computed yet."""
+
+    token_ids: torch.Tensor  # [R] int64
+    is_finite: torch.Tensor  # [R] bool; of the others, `token_ids` means nothing
+    logprobs: _Logprobs | None
+
+    def to_host(self) -> "SampledBatch":
+        """Copied to the host in the order of the device's work, for which the host must wait before it looks."""
+        logprobs = self.logprobs.to_host() if self.logprobs is not None else None
+        return SampledBatch(to_host(self.token_ids), to_host(self.is_finite), logprobs)
+
+    def tokens(self) -> list[SampledToken]:
+        token_ids = self.token_ids.tolist()
+        logprobs = self.logprobs.of_tokens(token_ids) if self.logprobs is not None else {}
+        return [
+            SampledToken(token, logprobs.get(row)) if ok else SampledToken(None, None)
+            for row, (token, ok) in enumerate(zip(token_ids, self.is_finite.tolist(), strict=True))
+        ]
+
+
+def _logprobs(logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> _Logprobs | None:
     wanted = [index for index, row in enumerate(rows) if row.top_logprobs_num is not None]
-    found: list[TokenLogprob | None] = [None] * len(rows)
-    if wanted:
-        logprobs = logits[wanted].log_softmax(dim=-1)
-        chosen = logprobs.gather(1, tokens[wanted, None])[:, 0].tolist()
-        most = max(rows[index].top_logprobs_num or 0 for index in wanted)
-        best, ids = (tensor.tolist() for tensor in logprobs.topk(most, dim=-1))
-        for place, index in enumerate(wanted):
-            count = rows[index].top_logprobs_num or 0
-            top = tuple(zip(best[place][:count], ids[place][:count], strict=True))
-            found[index] = TokenLogprob(chosen[place], int(tokens[index]), top)
-    return found
+    if not wanted:
+        return None
+    counts = [rows[index].top_logprobs_num or 0 for index in wanted]
+    index = to_device(wanted, logits.device)
+    logprobs = logits[index].log_softmax(dim=-1)
+    chosen = logprobs.gather(1, tokens[index, None])[:, 0]
+    best, ids = logprobs.topk(max(counts), dim=-1)
+    return _Logprobs(wanted, counts, chosen, best, ids)

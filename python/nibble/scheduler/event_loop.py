@@ -3,18 +3,20 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nibble.generation import FinishReason
 from nibble.ipc.messages import AbortRequest, FlushCache, NewRequest, TokenBatch, TokenUpdate, ToRank, Wake
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
-from nibble.model_executor.model_runner import ModelRunner
-from nibble.model_executor.sampler import SampledToken, Sampler
-from nibble.scheduler.dp_sync import DpSync
+from nibble.model_executor.future_tokens import future_token
+from nibble.model_executor.sampler import SampledToken
+from nibble.model_executor.step_executor import StepExecutor, UnknownTokens
+from nibble.scheduler.dp_sync import DpSync, DpSyncResult
+from nibble.scheduler.prefill_delayer import RankReport
 from nibble.scheduler.rank_statistics import RankStatistics
 from nibble.scheduler.request import Request
-from nibble.scheduler.scheduler import ScheduledRequest, Scheduler
+from nibble.scheduler.scheduler import PENDING, ScheduledRequest, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +32,28 @@ class EventLoop:
         self,
         rank: int,
         scheduler: Scheduler,
-        runner: ModelRunner,
-        sampler: Sampler,
+        executor: StepExecutor,
         dp_sync: DpSync,
         inbox: Inbox,
         send: Callable[[TokenBatch], None],
         statistics: RankStatistics | None = None,
+        overlaps: bool = False,
     ) -> None:
+        """With `overlaps` a step is prepared and launched while the one before it still runs."""
         self.rank = rank
         self.scheduler = scheduler
-        self.runner = runner
-        self.sampler = sampler
+        self.executor = executor
         self.dp_sync = dp_sync
         self.inbox = inbox
         self.send = send
         self.statistics = statistics
+        self.overlaps = overlaps
         self.sequence = 0
         self.may_sleep = True
+        self.may_admit = True
+        self._step_began = 0.0
+        self._unfinished: UnfinishedStep | None = None
+        """The last step, where its tokens are not known yet."""
 
     def run_forever(self) -> None:
         while True:
@@ -59,26 +66,68 @@ class EventLoop:
             self._handle(message)
         if self.may_sleep and self.sequence == known:
             return  # woken by an abort that came too late, of which the sleeping peers have not heard
-        step = self.scheduler.schedule()
+        step = self._schedule()
         pages = self.scheduler.take_dirty_pages()
         if pages:
-            self.runner.pool.clear(pages)
+            self.executor.clear_pages(pages)
         before = time.monotonic()
-        num_tokens, num_logit_rows = sum(entry.num_tokens for entry in step), sum(entry.samples for entry in step)
-        sync = self.dp_sync.exchange(num_tokens, num_logit_rows, num_tokens == len(step), self.sequence)
+        sync = self.dp_sync.exchange(self._report(step, before))
+        self.may_admit = sync.may_admit_next
         if self.statistics is not None:
             self.statistics.count_step(step, sync, time.monotonic() - before)
-        if sync.runs:
-            batch = make_forward_batch(step)
-            logits = self.runner.forward(batch, sync.global_num_tokens, sync.decodes_only, sync.global_num_logit_rows)
-            if step:
-                rows = [entry.request.sampling_row for entry in step if entry.samples]
-                self._finish(step, self.sampler.sample(logits, rows) if rows else [])
+        last, self._unfinished = self._unfinished, self._launch(step, sync) if sync.runs else None
+        if last is not None:
+            self._finish(last)
+        if not self.overlaps:
+            self._finish_unfinished()
         self.may_sleep = sync.may_sleep
         if self.statistics is not None:
             self.statistics.report(self.scheduler, sleeps=self.may_sleep)
         if self.may_sleep:
             self.scheduler.check_idle()
+
+    def _schedule(self) -> list[ScheduledRequest]:
+        if self._unfinished is not None and self._unfinished.must_be_finished_first:
+            self._finish_unfinished()
+        step = self.scheduler.schedule(self.may_admit)
+        if step is None:
+            self._finish_unfinished()
+            step = self.scheduler.schedule(self.may_admit)
+            assert step is not None
+        return step
+
+    def _launch(self, step: Sequence[ScheduledRequest], sync: DpSyncResult) -> "UnfinishedStep":
+        sampling = [entry.request for entry in step if entry.samples]
+        tokens = self.executor.launch(
+            make_forward_batch(step),
+            [request.sampling_row for request in sampling],
+            [request.slot for request in sampling],
+            sync.global_num_tokens,
+            sync.decodes_only,
+            sync.global_num_logit_rows,
+        )
+        self.scheduler.begin_step(step)
+        return UnfinishedStep(step, tokens)
+
+    def _finish_unfinished(self) -> None:
+        if self._unfinished is not None:
+            last, self._unfinished = self._unfinished, None
+            self._finish(last)
+
+    def _report(self, step: Sequence[ScheduledRequest], now: float) -> RankReport:
+        num_tokens = sum([entry.num_tokens for entry in step])
+        step_us = 0 if self.may_sleep else int((now - self._step_began) * 1e6)
+        self._step_began = now
+        return RankReport(
+            num_tokens=num_tokens,
+            num_logit_rows=sum([entry.samples for entry in step]),
+            decodes_only=num_tokens == len(step),
+            prompt_steps=self.scheduler.prompt_steps,
+            num_ready=self.scheduler.num_ready,
+            is_busy=self._unfinished is not None or not self.scheduler.is_idle,
+            sequence=self.sequence,
+            step_us=step_us,
+        )
 
     def _handle(self, message: ToRank) -> None:
         match message:
@@ -105,13 +154,26 @@ class EventLoop:
         if self.statistics is not None:
             self.statistics.aborted(request_id)
 
-    def _finish(self, step: Sequence[ScheduledRequest], sampled: Sequence[SampledToken]) -> None:
-        requests = [entry.request for entry in step if entry.samples]
-        reasons = self.scheduler.finish_step(step, [token.token_id for token in sampled])
-        updates = [_update(*entry) for entry in zip(requests, sampled, reasons, strict=True)]
+    def _finish(self, unfinished: "UnfinishedStep") -> None:
+        """Waits for the tokens of a step, books them and tells what there is to tell."""
+        sampled = unfinished.tokens.wait()
+        booked = self.scheduler.finish_step(unfinished.step, [token.token_id for token in sampled])
+        updates = [_update(request, sampled[row], reason) for row, request, reason in booked]
         news = [update for update in updates if update is not None]
         if news:
             self.send(TokenBatch(self.rank, news))
+
+
+class UnfinishedStep(NamedTuple):
+    """A step that the model has been given, and what will be sampled in it."""
+
+    step: Sequence[ScheduledRequest]
+    tokens: UnknownTokens
+
+    @property
+    def must_be_finished_first(self) -> bool:
+        """Whether the next step can't be prepared without its tokens."""
+        return any(entry.samples and entry.request.needs_last_token for entry in self.step)
 
 
 def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
@@ -122,14 +184,18 @@ def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
     positions: list[int] = []
     logit_rows: list[int] = []
     for entry in step:
-        start = entry.request.num_computed
-        input_ids += entry.request.token_ids[start : start + entry.num_tokens]
-        positions += range(start, start + entry.num_tokens)
-        if entry.samples:
+        request, start, num_tokens, samples = entry
+        if num_tokens == 1:
+            token = request.token_ids[start]
+            input_ids.append(future_token(request.slot) if token == PENDING else token)
+        else:
+            input_ids += request.token_ids[start : start + num_tokens]
+        positions += range(start, start + num_tokens)
+        if samples:
             logit_rows.append(len(input_ids) - 1)
     attention = AttentionBatch(
         query_lens=[entry.num_tokens for entry in step],
-        seq_lens=[entry.request.num_computed + entry.num_tokens for entry in step],
+        seq_lens=[entry.start + entry.num_tokens for entry in step],
         page_tables=[entry.request.pages for entry in step],
     )
     return ForwardBatch(input_ids, positions, attention, logit_rows)
@@ -144,8 +210,9 @@ def _update(request: Request, sampled: SampledToken, reason: FinishReason | None
     if reason is not None:
         fields = {"generation": request.request_id, "finish_reason": reason.type, "tokens": request.num_generated}
         logger.debug("generation finished", extra={"fields": fields})
-    elif len(request.unsent_ids) < request.update_interval and request.num_generated > 1:
+    elif len(request.unsent_ids) < request.update_interval and request.has_told:
         return None  # the first token is always told, since clients and metrics measure the time to it
+    request.has_told = True
     update = TokenUpdate(request.request_id, request.unsent_ids, reason, request.unsent_logprobs, request.cached_tokens)
     request.unsent_ids, request.unsent_logprobs = [], []
     return update

@@ -54,10 +54,13 @@ class KvPages:
                 self.allocator.free(self.cache.evict(to_evict))
             request.pages += self.allocator.allocate(missing)
 
-    def share(self, request: Request) -> None:
-        """Caches the full pages of a running request. Where the same tokens are cached already, it takes those."""
-        first, last = request.num_shared, request.num_computed // self.page_size
-        if request.prefix is None or first == last or not self._reuse_prefixes:
+    def share(self, request: Request, num_tokens: int) -> None:
+        """Caches the full pages of a request's first tokens. Where the same tokens are cached already, it takes those.
+
+        A step under way may still read the pages that it gives up for them, and is done before anyone writes them.
+        """
+        first, last = request.num_shared, num_tokens // self.page_size
+        if request.prefix is None or first >= last or not self._reuse_prefixes:
             return
         tokens = encode_tokens(request.token_ids[first * self.page_size : last * self.page_size])
         own = request.pages[first:last]
@@ -67,11 +70,14 @@ class KvPages:
         self.allocator.free(mine for mine, shared in zip(own, cached, strict=True) if mine != shared)
 
     def release(self, request: Request) -> None:
-        """The request leaves. What it computed is cached if it is known to be finite, and forgotten otherwise."""
+        """The request leaves, and no step that writes its pages is under way.
+
+        What it computed is cached if it is known to be finite, and forgotten otherwise.
+        """
         if request.prefix is None:
             return
         if request.kv_is_finite:
-            self.share(request)
+            self.share(request, request.num_computed)
         own = request.pages[request.num_shared :]
         if not request.kv_is_finite:
             self._dirty += own

@@ -25,9 +25,11 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Running requests decode, or they are prompts of which more than one token remains."""
+    """Running requests decode, or they are prompts of which more than one token remains, or their last token is on its
+    way.
+    """
 
-    num_decoding: int
+    num_running: int
     decode_pages: int
     """Pages that the next tokens of the decoding requests need."""
     prompts: Sequence[RequestView]
@@ -74,7 +76,7 @@ def plan_step(snapshot: Snapshot) -> StepPlan:
 def _admit(snapshot: Snapshot, free: int, budget: int) -> tuple[int, ...]:
     """Tokens of each request that is admitted, with `free` pages and `budget` prompt tokens left."""
     admitted: list[int] = []
-    count = snapshot.num_decoding + len(snapshot.prompts)
+    count = snapshot.num_running
     for request in snapshot.waiting:
         needed = pages_for(request.computed + request.remaining, snapshot.page_size) - request.pages
         # One page for each running request, since each will soon want its next one.

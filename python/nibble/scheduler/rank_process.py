@@ -21,9 +21,11 @@ from nibble.ipc.messages import RankFailed, RankReady, RankStage
 from nibble.kernels.select import select_kernels
 from nibble.model_executor.model_runner import ModelRunner
 from nibble.model_executor.sampler import Sampler
+from nibble.model_executor.step_executor import StepExecutor
 from nibble.observability.logging import configure_logging
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
+from nibble.scheduler.prefill_delayer import DelayLimits
 from nibble.scheduler.rank_sockets import RankSockets
 from nibble.scheduler.rank_statistics import RankStatistics, moe_traffic
 from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -77,15 +79,16 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
     if config.args.enable_metrics:
         traffic = moe_traffic(config, (layer for _, layer in runner.model.layers()))
         statistics = RankStatistics(dp_rank, traffic, sockets.answer)
+    sampler = Sampler(config.model.eos_token_ids, select_kernels(config.kernels, config.moe_kernel).argmax)
     loop = EventLoop(
         dp_rank,
         Scheduler(limits, runner.pool.num_pages),
-        runner,
-        Sampler(config.model.eos_token_ids, select_kernels(config.kernels, config.moe_kernel).argmax),
-        DpSync(parallel.cpu_group, config.parallel.attn_tp_size),
+        StepExecutor(runner, sampler),
+        DpSync(parallel.cpu_group, config.parallel.attn_tp_size, _delay_limits(config)),
         sockets,
         sockets.answer,
         statistics,
+        config.overlap_schedule,
     )
     gc.collect()
     gc.freeze()  # the model stays; collecting garbage need not look at it again
@@ -93,6 +96,13 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
     if statistics is not None:
         statistics.report(loop.scheduler, sleeps=True)
     return loop
+
+
+def _delay_limits(config: EngineConfig) -> DelayLimits | None:
+    args = config.args
+    if args.disable_prefill_delayer:
+        return None
+    return DelayLimits(args.prefill_delayer_max_delay_passes, args.prefill_delayer_max_delay_ms)
 
 
 if __name__ == "__main__":

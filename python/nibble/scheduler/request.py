@@ -34,6 +34,15 @@ class Request:
             message.top_logprobs_num if message.return_logprob else None,
         )
         """How the sampler sees this request, at every step."""
+        self.slot = -1
+        """Its place among the running requests of the rank, where the device keeps its newest token."""
+        self.num_in_flight = 0
+        """Steps that it takes part in and whose tokens are not known yet. Each that samples has put a placeholder
+        behind `token_ids`, and all have been counted in `num_computed`.
+        """
+        self.has_ended = False
+        self.has_told = False
+        """Whether its first token has been sent."""
         self.num_computed = 0
         self.pages: list[int] = []
         self.num_shared = 0
@@ -56,6 +65,18 @@ class Request:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether its next token can't be sampled before the host knows the last one.
+
+        The one place that says which requests step without overlap: penalties count the tokens there are.
+        """
+        return self.sampling.has_penalties
+
+    def is_at_its_limit(self, context_length: int) -> bool:
+        """Whether there is no token after the last one, known or not."""
+        return self.num_generated >= self.sampling.max_new_tokens or len(self.token_ids) >= context_length
+
     def append(self, token: int, eos_token_ids: frozenset[int], context_length: int) -> FinishReason | None:
         """Adds a sampled token and says whether it was the last."""
         self.token_ids.append(token)
@@ -63,6 +84,6 @@ class Request:
             token in self.sampling.stop_token_ids or (token in eos_token_ids and not self.sampling.ignore_eos)
         ):
             return FinishReason("stop", matched=token)
-        if self.num_generated >= self.sampling.max_new_tokens or len(self.token_ids) >= context_length:
+        if self.is_at_its_limit(context_length):
             return FinishReason("length", length=self.num_generated)
         return None

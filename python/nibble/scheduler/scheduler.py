@@ -12,14 +12,26 @@ from nibble.scheduler.policy import Claim, RequestView, Snapshot, StepPlan, admi
 from nibble.scheduler.request import Request
 from nibble.scheduler.waiting_queue import WaitingQueue
 
+PENDING = -1
+"""In the place of a token that has been sampled, or will be, and that the host does not know yet."""
+
 
 class ScheduledRequest(NamedTuple):
-    """`num_tokens` of the request's next tokens go through the model in this step."""
+    """`num_tokens` of the request's tokens go through the model in this step, from `start` on."""
 
     request: Request
+    start: int
     num_tokens: int
     samples: bool
     """Whether the step reaches the request's last token, so that a new one is sampled."""
+
+
+class BookedToken(NamedTuple):
+    """The `row`-th of the tokens that a step sampled, and how it ended the request, if it did."""
+
+    row: int
+    request: Request
+    reason: FinishReason | None
 
 
 LPM_WINDOW = 64
@@ -40,7 +52,12 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Decides what each step processes and keeps the books of requests; those of KV pages are `kv`."""
+    """Decides what each step processes and keeps the books of requests; those of KV pages are `kv`.
+
+    A step is scheduled, begun when it is handed to the model, and finished when its tokens are known. The next one may
+    be scheduled and begun before the last is finished: it goes on with tokens that only the device knows. A request
+    that turns out to have ended is then in one step too many, and leaves when that one is finished, its token unused.
+    """
 
     def __init__(self, limits: SchedulerLimits, num_pages: int) -> None:
         self.limits = limits
@@ -48,9 +65,12 @@ class Scheduler:
         self.waiting = WaitingQueue(limits.max_overtakes)
         self.running: list[Request] = []
         """By precedence, then oldest first."""
+        self._free_slots = list(range(limits.max_running_requests))
         self.num_retracted = 0
-        self.num_held = 0
-        """Waiting requests that the last step would have admitted, had it been allowed to."""
+        self.num_ready = 0
+        """Waiting requests that the last step admitted, or would have, had it been allowed to."""
+        self.prompt_steps = 0
+        """How many steps the prompts take that go on behind the last one."""
 
     @property
     def is_idle(self) -> bool:
@@ -66,49 +86,67 @@ class Scheduler:
             for request in self.running:
                 if request.request_id == request_id:
                     self.running.remove(request)
-                    self.kv.release(request)
+                    self._end(request)
                     return
 
-    def schedule(self, may_admit: bool = True) -> list[ScheduledRequest]:
+    def schedule(self, may_admit: bool = True) -> list[ScheduledRequest] | None:
         """The next step, decoding requests first, with pages allocated. Empty when there is nothing to do.
 
-        Unless it `may_admit`, no waiting request joins those that run.
+        Unless it `may_admit`, no waiting request joins those that run. None when a request must be retracted whose
+        newest token is not known: the steps that have begun must be finished first.
         """
         candidates = self._candidates()
         plan, decoding, prompts = self._plan(candidates)
         while plan.retracts:
+            if self.running[-1].num_in_flight:
+                return None
             self._retract_last()
             candidates = []
             plan, decoding, prompts = self._plan(candidates)
-        self.num_held = 0 if may_admit else len(plan.admitted)
-        step = [ScheduledRequest(request, 1, True) for request in decoding]
+        self.num_ready = len(plan.admitted)
+        step = [ScheduledRequest(request, request.num_computed, 1, True) for request in decoding]
         step += [_scheduled(request, tokens) for request, tokens in zip(prompts, plan.prompts, strict=True) if tokens]
         if may_admit:
-            step += [
-                self._admit(request, tokens) for (request, _), tokens in zip(candidates, plan.admitted, strict=False)
-            ]
+            admitted = [self._admit(request, num) for (request, _), num in zip(candidates, plan.admitted, strict=False)]
+            prompts += [entry.request for entry in admitted]
+            step += admitted
         # Only now: the prefixes of all admitted requests are held, and what is evicted is nobody's.
         for entry in step:
             self.kv.grow(entry.request, entry.num_tokens)
+        unread = sum(r.num_remaining for r in prompts) - sum(entry.num_tokens for entry in step) + len(decoding)
+        self.prompt_steps = -(-unread // self.limits.chunked_prefill_size)
         return sorted(step, key=_is_prompt)
 
-    def finish_step(self, step: Sequence[ScheduledRequest], tokens: Sequence[int | None]) -> list[FinishReason | None]:
-        """Books a step. `tokens` has one entry per request of the step that samples, None for a failed row.
+    def begin_step(self, step: Sequence[ScheduledRequest]) -> None:
+        """The model has been given the step."""
+        for request, _, num_tokens, samples in step:
+            request.num_in_flight += 1
+            request.num_computed += num_tokens
+            if samples:
+                request.token_ids.append(PENDING)
 
-        Returns, for each of those, how the request ended, or None if it goes on.
+    def finish_step(self, step: Sequence[ScheduledRequest], tokens: Sequence[int | None]) -> list[BookedToken]:
+        """Books the oldest step that has begun. `tokens` has one entry for each request of the step that samples, None
+        for a failed row. Those of requests that have ended in the meantime are not booked.
         """
-        sampling = [entry.request for entry in step if entry.samples]
         for entry in step:
-            entry.request.num_computed += entry.num_tokens
-            entry.request.kv_is_finite = False  # until the logits after the last computed token say so
-        reasons = [self._book_token(request, token) for request, token in zip(sampling, tokens, strict=True)]
-        ended = {id(request) for request, reason in zip(sampling, reasons, strict=True) if reason}
-        if ended:
-            self.running = [request for request in self.running if id(request) not in ended]
-        for entry in step:
-            if entry.samples and (entry.num_tokens > 1 or entry.request.num_generated == 1):
-                self.kv.share(entry.request)  # a prompt is complete
-        return reasons
+            entry.request.num_in_flight -= 1
+        sampling = [entry for entry in step if entry.samples]
+        booked: list[BookedToken] = []
+        for row, (entry, token) in enumerate(zip(sampling, tokens, strict=True)):
+            entry.request.kv_is_finite = token is not None
+            if entry.request.has_ended:
+                _note_unused_token(entry, token)
+            else:
+                booked.append(self._book_token(row, entry, token))
+        if any(token.reason for token in booked):
+            self.running = [request for request in self.running if not request.has_ended]
+        for request, _, _, samples in step:
+            if not samples:
+                request.kv_is_finite = False  # until the logits after the last computed token say so
+            if request.has_ended:
+                self._release_if_landed(request)
+        return booked
 
     def take_dirty_pages(self) -> list[int]:
         """Freed pages that may hold NaN, to be cleared before the next step."""
@@ -119,17 +157,19 @@ class Scheduler:
         self.kv.flush()
 
     def check_idle(self) -> None:
-        """Raises RuntimeError when pages are in use though no request is."""
+        """Raises RuntimeError when pages or slots are in use though no request is."""
         if self.is_idle:
             self.kv.check_idle()
+            used = self.limits.max_running_requests - len(self._free_slots)
+            if used:
+                raise RuntimeError(f"{used} request slots leaked")
 
     def _candidates(self) -> list[tuple[Request, RequestView]]:
         """The waiting requests that may be admitted, in the order of their turns."""
-        slots = self.limits.max_running_requests - len(self.running)
-        if slots <= 0 or not self.waiting:
+        if not self._free_slots or not self.waiting:
             return []
         if self.limits.policy == "fcfs":
-            return list(self._within_budget(self.waiting.head(slots)))
+            return list(self._within_budget(self.waiting.head(len(self._free_slots))))
         window = self.waiting.head(LPM_WINDOW)
         views = [self._view(request) for request in window]
         claims = [
@@ -158,18 +198,21 @@ class Scheduler:
         decoding: list[Request] = []
         prompts: list[Request] = []
         for request in self.running:
-            (decoding if request.num_remaining == 1 else prompts).append(request)
+            if request.num_remaining > 1:
+                prompts.append(request)
+            elif not request.num_in_flight or not request.is_at_its_limit(self.limits.context_length):
+                decoding.append(request)
         page_size = self.limits.page_size
         plan = plan_step(
             Snapshot(
-                num_decoding=len(decoding),
+                num_running=len(self.running),
                 decode_pages=sum(request.num_computed % page_size == 0 for request in decoding),
                 prompts=[RequestView(r.num_computed, r.num_remaining, len(r.pages)) for r in prompts],
                 waiting=[view for _, view in candidates],
                 available_pages=self.kv.num_available,
                 page_size=page_size,
                 prefill_budget=self.limits.chunked_prefill_size,
-                max_running=self.limits.max_running_requests,
+                max_running=len(self.running) + len(self._free_slots),
             )
         )
         return plan, decoding, prompts
@@ -177,12 +220,16 @@ class Scheduler:
     def _admit(self, request: Request, num_tokens: int) -> ScheduledRequest:
         request.precedence = math.inf if self.waiting.is_overdue(request) else request.priority
         self.waiting.remove(request.request_id)
+        request.slot = self._free_slots.pop()
         self.kv.admit(request)
         bisect.insort(self.running, request, key=lambda running: (-running.precedence, running.arrival))
         return _scheduled(request, num_tokens)
 
-    def _book_token(self, request: Request, token: int | None) -> FinishReason | None:
-        request.kv_is_finite = token is not None
+    def _book_token(self, row: int, entry: ScheduledRequest, token: int | None) -> BookedToken:
+        """Puts a token, None for a failed row, in the place of its placeholder."""
+        request, place = entry.request, entry.start + entry.num_tokens
+        later = request.token_ids[place + 1 :]
+        del request.token_ids[place:]
         if token is None:
             reason: FinishReason | None = FinishReason(
                 "abort", message="the model produced numbers that are not finite for this request"
@@ -190,19 +237,43 @@ class Scheduler:
         else:
             reason = request.append(token, self.limits.eos_token_ids, self.limits.context_length)
         if reason is not None:
-            self.kv.release(request)
-        return reason
+            request.has_ended = True
+        else:
+            request.token_ids += later
+            if entry.num_tokens > 1 or place == request.prompt_length:
+                self.kv.share(request, place)  # a prompt is complete
+        return BookedToken(row, request, reason)
+
+    def _end(self, request: Request) -> None:
+        request.has_ended = True
+        self._release_if_landed(request)
+
+    def _release_if_landed(self, request: Request) -> None:
+        """Takes back pages and slot of a request that has ended, once no step that uses them is under way."""
+        if request.num_in_flight == 0:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.kv.release(request)
+        self._free_slots.append(request.slot)
 
     def _retract_last(self) -> None:
         request = self.running.pop()
-        self.kv.release(request)
+        self._release(request)
         self.kv.prepare(request)
         self.waiting.put_back(request)
         self.num_retracted += 1
 
 
 def _scheduled(request: Request, num_tokens: int) -> ScheduledRequest:
-    return ScheduledRequest(request, num_tokens, num_tokens == request.num_remaining)
+    return ScheduledRequest(request, request.num_computed, num_tokens, num_tokens == request.num_remaining)
+
+
+def _note_unused_token(entry: ScheduledRequest, token: int | None) -> None:
+    """Of a request that was aborted: its keys may have been computed and are cached under it."""
+    place = entry.start + entry.num_tokens
+    if token is not None and place < len(entry.request.token_ids):
+        entry.request.token_ids[place] = token
 
 
 def _is_prompt(entry: ScheduledRequest) -> bool:

@@ -1,0 +1,20 @@
+"""Small tensors on their way to a GPU and back, for which the host does not wait."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def to_device(
+    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """`torch.tensor` on the device, which by itself would wait for all work that the GPU has been given before."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, which is there when the GPU has done what it has been given before; on a CPU itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
