@@ -4,6 +4,7 @@ Only the model is replaced, by what a step costs. Every rank computes its rows, 
 every MoE layer, the step takes as long as the slowest one; the rest is waiting.
 """
 
+import itertools
 import random
 import statistics
 import sys
@@ -134,25 +135,25 @@ class Simulation:
         self.balancer = LoadBalancer(settings.ranks, settings.method, prefixes)
         self.delayer = PrefillDelayer(settings.ranks, settings.delay) if settings.delay else None
         self.may_admit = True
+        self._names = itertools.count()
         self.requests: dict[str, _Running] = {}
         self.now = 0.0
         self.last_us = 0
         self.result = Result(num_ranks=settings.ranks)
 
-    def run(self) -> Result:
+    def run(self, to_the_end: bool = False) -> Result:
+        """Until the last request has come, while the load is what it was meant to be, or until all have ended."""
         upcoming = list(reversed(self.arrivals))
-        while upcoming or self.requests:
+        while upcoming or (to_the_end and self.requests):
             if not self.requests:
                 self.now, self.last_us = max(self.now, upcoming[-1].ms), 0
             while upcoming and upcoming[-1].ms <= self.now:
                 self._arrive(upcoming.pop())
             self._step()
-        for scheduler in self.schedulers:
-            scheduler.check_idle()
         return self.result
 
     def _arrive(self, arrival: Arrival) -> None:
-        name = str(arrival.ms)
+        name = str(next(self._names))
         sampling = SamplingParams(max_new_tokens=arrival.new_tokens, ignore_eos=True)
         request = Request(NewRequest(0, name, arrival.input_ids, sampling, 0, False, 0, 1, 0))
         booking = self.balancer.book(arrival.input_ids, arrival.new_tokens, None)
