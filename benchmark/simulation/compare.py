@@ -2,10 +2,10 @@
 
     python benchmark/simulation/compare.py [--ranks 2 4]
 
-The costs of a step are measured first, with equal work on all ranks and with all of it on one: a row costs its own rank
-something, and all ranks something, because its experts are everywhere. Then a burst of requests of very different
-lengths runs on the engine and in the simulation, with each method of balancing. Prints a table of seconds until the last
-one has ended, and one JSON line.
+The costs of a step are measured first, with equal work on all ranks and with all of it on one: a row costs its own
+rank something, and all ranks something, because its experts are everywhere. Then a burst of requests of very different
+lengths runs on the engine and in the simulation, with each method of balancing. Prints a table of seconds until the
+last one has ended, and one JSON line.
 """
 
 import argparse
