@@ -212,18 +212,13 @@ async def burst(args: argparse.Namespace) -> list[dict[str, Any]]:
         async with server(args, "--load-balance-method", method) as client:
             generator, vocab_size = random.Random(args.seed), await vocabulary(client)
             began = time.perf_counter()
-            requests = [
-                asyncio.create_task(
-                    stream(
-                        client,
-                        random_prompt(generator, vocab_size, args.prompt_tokens),
-                        max(1, int(generator.lognormvariate(0, 0.6) * args.new_tokens)),
-                    )
-                )
-                for _ in range(args.requests)
-            ]
-            outstanding = await fullest_moment(client)
-            await asyncio.gather(*requests)
+            prompts = [random_prompt(generator, vocab_size, args.prompt_tokens) for _ in range(args.requests)]
+            lengths = [max(1, int(generator.lognormvariate(0, 0.6) * args.new_tokens)) for _ in prompts]
+            params = [{"temperature": 0, "max_new_tokens": length, "ignore_eos": True} for length in lengths]
+            body = {"input_ids": prompts, "sampling_params": params}  # one request, so that all come at once
+            answer = asyncio.create_task(client.post("/generate", json=body))
+            outstanding = await fullest_moment(client, answer)
+            (await answer).raise_for_status()
             ratio = max(outstanding) * len(outstanding) / sum(outstanding)
             elapsed = time.perf_counter() - began
             results.append({"method": method, "outstanding": outstanding, "ratio": ratio, "s": elapsed})
@@ -231,15 +226,14 @@ async def burst(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-async def fullest_moment(client: httpx.AsyncClient) -> list[int]:
+async def fullest_moment(client: httpx.AsyncClient, answer: "asyncio.Task[httpx.Response]") -> list[int]:
     """Outstanding tokens of each rank when there were most in all: when the whole burst had come."""
-    fullest: list[int] = [0]
-    while True:
+    fullest: list[int] = []
+    while not answer.done():
         now: list[int] = (await client.get("/server_info")).json()["outstanding_tokens_per_rank"]
-        if sum(now) < sum(fullest):
-            return fullest
-        fullest = now
+        fullest = max(fullest, now, key=sum)
         await asyncio.sleep(0.02)
+    return fullest
 
 
 def main() -> None:
