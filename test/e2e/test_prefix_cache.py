@@ -75,8 +75,9 @@ def test_without_the_cache_nothing_is_reported_as_cached(without_cache):
         # Room for the longest context and no more: prefixes are evicted, and running requests retracted.
         {"max_total_tokens": 544, "context_length": 544, "page_size": 4, "chunked_prefill_size": 16},
         {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True},
+        {"schedule_policy": "lpm", "max_running_requests": 3, "max_overtakes": 2},
     ],
-    ids=["as it comes", "single tokens in chunks", "a tiny cache", "two ranks"],
+    ids=["as it comes", "single tokens in chunks", "a tiny cache", "two ranks", "longest prefix first"],
 )
 def test_the_cache_changes_no_answer(start, without_cache, flags):
     with start(**flags) as engine:
