@@ -16,11 +16,12 @@ pytestmark = pytest.mark.gpu
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
 COUNT = 64
-MARGIN = 1.0
-"""Natural-log probability between the two likeliest tokens, below which a batch of another size may choose the other."""
+NEAR_TIE = 1.0
+"""Natural-log probability between the two likeliest tokens; a batch of another size may choose the other."""
+PENALIZED = {"temperature": 0, "repetition_penalty": 1.1, "frequency_penalty": 0.1}
 KINDS = [
     {"temperature": 0},
-    {"temperature": 0, "repetition_penalty": 1.1, "frequency_penalty": 0.1},
+    PENALIZED,
     {"temperature": 0, "min_new_tokens": 20},
     {"temperature": 0, "ignore_eos": True},
 ]
@@ -80,11 +81,14 @@ def test_overlap_changes_no_answer(ranks, expected, flags):
     with start(ranks, **flags) as engine:
         assert engine.config.overlap_schedule
         found = answers(engine)
-    for right, output in zip(expected, found, strict=True):
+    same = 0
+    for index, (right, output) in enumerate(zip(expected, found, strict=True)):
         a, b = right["output_ids"], output["output_ids"]
         position = next((i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]), None)
         if position is None:
             assert output["meta_info"]["finish_reason"] == right["meta_info"]["finish_reason"]
-            continue
-        best, runner_up = right["meta_info"]["output_top_logprobs"][position][:2]
-        assert best[0] - runner_up[0] < MARGIN, (right["text"], output["text"])
+            same += 1
+        elif KINDS[index % len(KINDS)] is not PENALIZED:  # log-probabilities are the model's, before penalties
+            best, runner_up = right["meta_info"]["output_top_logprobs"][position][:2]
+            assert best[0] - runner_up[0] < NEAR_TIE, (right["text"], output["text"])
+    assert same >= 0.9 * COUNT
