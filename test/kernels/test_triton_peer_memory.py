@@ -4,7 +4,6 @@ Where there is a GPU, test/gpu/test_peer_memory.py runs them compiled, in a proc
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ import peer_memory_cases as cases
 from nibble.distributed.communicator import PeerError
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
-from nibble.kernels.triton import peer_combine as combine_module
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
 
@@ -75,17 +73,6 @@ def test_any_shape_is_carried(layout: WireRowLayout, sizes: list[int]) -> None:
     ranks = cases.ranks_of_one_process(len(sizes), SegmentLayout(12, layout.row_bytes, layout.hidden_size))
     dispatch_all(ranks, sizes, layout)
     combine_all(ranks, sizes)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"rotates": False}, {"rows_first": False}, {"columns": 32}, {"programs_per_multiprocessor": 1}],
-    ids=str,
-)
-def test_however_the_sum_is_cut_up_it_is_the_same(monkeypatch: pytest.MonkeyPatch, change: dict[str, int]) -> None:
-    monkeypatch.setattr(combine_module, "TILING", replace(combine_module.TILING, **change))
-    ranks = cases.ranks_of_one_process(3, SegmentLayout(9, 64, 80))
-    combine_all(ranks, [3, 2, 4])
 
 
 def test_a_rank_without_rows_takes_part_and_without_any_rows_nobody_does() -> None:

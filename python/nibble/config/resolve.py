@@ -158,7 +158,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
     device, no_gpu = _resolve_device(args, machine)
     on_gpu = device == "cuda"
     dtype = ("bfloat16" if on_gpu else "float32") if args.dtype == "auto" else args.dtype
-    kernels, no_c_kernels = _resolve_kernels(args, on_gpu, machine)
+    kernels, no_c_kernels = _resolve_kernels(args, on_gpu, dtype, machine)
     moe_kernel = _resolve_moe_kernel(args, kernels, on_gpu, machine)
     moe_comm_backend, no_peer_memory = _resolve_moe_comm_backend(args, model, parallel, dtype, on_gpu)
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
@@ -264,10 +264,11 @@ def _resolve_c(asked: str, flag: str, sources: Path, compiled: str, otherwise: s
     return compiled, None
 
 
-def _resolve_kernels(args: ServerArgs, on_gpu: bool, machine: Capability) -> tuple[str, str | None]:
+def _resolve_kernels(args: ServerArgs, on_gpu: bool, dtype: str, machine: Capability) -> tuple[str, str | None]:
     """What the model runs on, and why auto had to do without C on a CPU, if so."""
     if on_gpu:
-        return ("flashinfer" if machine.has_flashinfer and machine.can_compile_cuda else "triton"), None
+        serves = machine.has_flashinfer and machine.can_compile_cuda and dtype == "bfloat16"
+        return ("flashinfer" if serves else "triton"), None
     return _resolve_c(args.cpu_kernels, "--cpu-kernels", CPU_KERNELS, "c", "torch")
 
 
@@ -278,6 +279,8 @@ def _resolve_attention(
     no_flashinfer = None
     if kernels in ("c", "torch"):
         no_flashinfer = "it needs a GPU, and this engine runs on the CPU"
+    elif dtypes != ("bfloat16", "bfloat16"):
+        no_flashinfer = f"it computes in bfloat16, and activations are {dtypes[0]}, the KV cache {dtypes[1]}"
     elif kernels == "triton":
         no_flashinfer = "FlashInfer is not installed, or there is no nvcc to compile its kernels"
     elif model.mla and (model.mla.kv_lora_rank, model.mla.qk_rope_head_dim) != FLASHINFER_LATENT_SIZES:
@@ -287,8 +290,6 @@ def _resolve_attention(
         )
     elif not model.mla and model.head_dim not in FLASHINFER_HEAD_DIMS:
         no_flashinfer = f"the model's heads have {model.head_dim} values, and FlashInfer's {FLASHINFER_HEAD_DIMS}"
-    elif dtypes != ("bfloat16", "bfloat16"):
-        no_flashinfer = f"it computes in bfloat16, and activations are {dtypes[0]}, the KV cache {dtypes[1]}"
     refusals = {"flashinfer": no_flashinfer, "c": None if kernels == "c" else "it needs --cpu-kernels c on a CPU"}
     if args.attention_backend == "auto":
         if kernels in ("c", "torch"):
