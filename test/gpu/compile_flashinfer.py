@@ -12,7 +12,7 @@ from nibble.layers.attention.flashinfer_backend import FlashInferBackend
 
 
 def main() -> None:
-    model = SimpleNamespace(num_kv_heads=2, head_dim=int(sys.argv[1]), num_layers=1)
+    model = SimpleNamespace(num_kv_heads=2, head_dim=int(sys.argv[1]), num_layers=1, mla=None)
     pool = KvCachePool(model, 4, 16, torch.bfloat16, torch.device("cuda"))  # type: ignore[arg-type]
     backend = FlashInferBackend(pool, 4, torch.bfloat16)
     for queries in (8, 1):

@@ -1,12 +1,16 @@
-"""FlashInfer's attention gives what torch's gives, on caches of any page size, for decoding, prompts and both."""
+"""FlashInfer's attention gives what torch's gives, on caches of any page size, for decoding, prompts and both.
 
+Grouped-query attention, and latent attention of DeepSeek's sizes.
+"""
+
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nibble.kv_cache.pool import KvCachePool
-from nibble.layers.attention.backend import AttentionBatch
+from nibble.layers.attention.backend import AttentionBatch, GraphAttentionBackend
 from nibble.layers.attention.torch_backend import TorchAttentionBackend
 
 pytestmark = pytest.mark.gpu
@@ -18,18 +22,45 @@ BATCHES = {
     "a chunk behind others": ([40], [130]),
     "decoding beside prompts": ([1, 1, 40, 5], [90, 16, 40, 21]),
 }
-HEADS = [(32, 4, 128), (4, 2, 64), (8, 8, 64)]
+SCALE = 0.11  # of no size's square root, so that a backend that chooses its own is found out
 
 
-def pools(heads: tuple[int, int, int], page_size: int) -> list[KvCachePool]:
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    size: int
+    kv_lora_rank: int | None = None
+    """Of latent attention."""
+
+    @property
+    def scale(self) -> float:
+        return SCALE if self.kv_lora_rank else self.size**-0.5
+
+    def pool(self, page_size: int) -> KvCachePool:
+        mla = SimpleNamespace(cached_size=self.size, kv_lora_rank=self.kv_lora_rank) if self.kv_lora_rank else None
+        model = SimpleNamespace(num_kv_heads=self.kv_heads, head_dim=self.size, num_layers=2, mla=mla)
+        return KvCachePool(model, 640 // page_size * 2, page_size, torch.bfloat16, DEVICE)  # type: ignore[arg-type]
+
+    def flashinfer(self, pool: KvCachePool) -> GraphAttentionBackend:
+        if self.kv_lora_rank:
+            from nibble.layers.attention.flashinfer_mla_backend import FlashInferMlaBackend
+
+            return FlashInferMlaBackend(pool, self.heads, self.kv_lora_rank, self.scale, torch.bfloat16)
+        from nibble.layers.attention.flashinfer_backend import FlashInferBackend
+
+        return FlashInferBackend(pool, self.heads, torch.bfloat16)
+
+
+SHAPES = [Shape(32, 4, 128), Shape(4, 2, 64), Shape(8, 8, 64), Shape(16, 1, 576, 512), Shape(128, 1, 576, 512)]
+
+
+def pools(shape: Shape, page_size: int) -> tuple[KvCachePool, KvCachePool]:
     """Two with the same random content, for backends that each write into their own."""
-    _, kv_heads, size = heads
-    model = SimpleNamespace(num_kv_heads=kv_heads, head_dim=size, num_layers=2)
-    made = [KvCachePool(model, 640 // page_size * 2, page_size, torch.bfloat16, DEVICE) for _ in range(2)]  # type: ignore[arg-type]
-    for first, second in ((made[0].keys, made[1].keys), (made[0].values, made[1].values)):
-        for a, b in zip(first, second, strict=True):
-            b.copy_(a.normal_())
-    return made
+    first, second = shape.pool(page_size), shape.pool(page_size)
+    for a, b in zip(first.tensors, second.tensors, strict=True):
+        b.copy_(a.normal_())
+    return first, second
 
 
 def batch_of(name: str, page_size: int) -> AttentionBatch:
@@ -39,25 +70,22 @@ def batch_of(name: str, page_size: int) -> AttentionBatch:
     return AttentionBatch(query_lens, seq_lens, tables)
 
 
-def random_qkv(heads: tuple[int, int, int], rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_heads, kv_heads, size = heads
-    qkv = torch.randn(rows, num_heads + 2 * kv_heads, size, dtype=torch.bfloat16, device=DEVICE)
-    q, k, v = qkv.split([num_heads, kv_heads, kv_heads], dim=1)
-    return q.contiguous(), k.contiguous(), v  # as after the rotary embedding
+def random_qkv(shape: Shape, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qkv = torch.randn(rows, shape.heads + 2 * shape.kv_heads, shape.size, dtype=torch.bfloat16, device=DEVICE)
+    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+    k = k.contiguous()  # as after the rotary embedding
+    return q.contiguous(), k, k[..., : shape.kv_lora_rank] if shape.kv_lora_rank else v
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", BATCHES)
-def test_attention_is_that_of_torch(name: str, heads: tuple[int, int, int], page_size: int) -> None:
-    from nibble.layers.attention.flashinfer_backend import FlashInferBackend
-
+def test_attention_is_that_of_torch(name: str, shape: Shape, page_size: int) -> None:
     batch = batch_of(name, page_size)
-    ours, theirs = pools(heads, page_size)
-    flashinfer, reference = FlashInferBackend(ours, heads[0], torch.bfloat16), TorchAttentionBackend(theirs)
-    found, expected = flashinfer.plan(batch), reference.plan(batch)
+    ours, theirs = pools(shape, page_size)
+    found, expected = shape.flashinfer(ours).plan(batch), TorchAttentionBackend(theirs, shape.scale).plan(batch)
     for layer in range(2):
-        q, k, v = random_qkv(heads, sum(batch.query_lens))
+        q, k, v = random_qkv(shape, sum(batch.query_lens))
         torch.testing.assert_close(
             found.forward(layer, q, k, v), expected.forward(layer, q, k, v), rtol=2e-2, atol=1e-2
         )
@@ -65,15 +93,14 @@ def test_attention_is_that_of_torch(name: str, heads: tuple[int, int, int], page
         assert torch.equal(ours.values[layer], theirs.values[layer])
 
 
-def test_a_captured_step_follows_its_plan() -> None:
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=str)
+def test_a_captured_step_follows_its_plan(shape: Shape) -> None:
     """The lengths, the pages and the slots of the capture must not stay behind in the graph."""
-    from nibble.layers.attention.flashinfer_backend import FlashInferBackend
-
-    heads, page_size, rows = HEADS[0], 16, 3
-    ours, theirs = pools(heads, page_size)
-    flashinfer, reference = FlashInferBackend(ours, heads[0], torch.bfloat16), TorchAttentionBackend(theirs)
-    step = flashinfer.graph_step(rows, 80)
-    q, k, v = random_qkv(heads, rows)
+    page_size, rows = 16, 3
+    ours, theirs = pools(shape, page_size)
+    reference = TorchAttentionBackend(theirs, shape.scale)
+    step = shape.flashinfer(ours).graph_step(rows, 80)
+    q, k, v = random_qkv(shape, rows)
     step.plan(AttentionBatch([1] * rows, [1] * rows, [[ours.padding_page]] * rows))
     step.forward(0, q, k, v)
     torch.cuda.synchronize()
@@ -82,8 +109,8 @@ def test_a_captured_step_follows_its_plan() -> None:
         out = step.forward(0, q, k, v)
     for lengths in ([1, 37, 300], [2, 38, 301], [289, 1, 16]):
         now = AttentionBatch([1] * rows, lengths, _disjoint(lengths, page_size))
-        for tensor in (q, k, v):
-            tensor.normal_()
+        for tensor, new in zip((q, k, v), random_qkv(shape, rows), strict=True):
+            tensor.copy_(new)
         step.plan(now)
         graph.replay()
         expected = reference.plan(now).forward(0, q, k, v)
