@@ -76,7 +76,7 @@ class RopeScaling:
     attention_factor: float
     """Multiplies cosines and sines."""
     softmax_factor: float
-    """Multiplies the scale of the softmax (DeepSeek's mscale_all_dim)."""
+    """Multiplies the scale of the softmax in latent attention (DeepSeek's mscale_all_dim)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """What products of queries and keys are multiplied by."""
-        return self.head_dim**-0.5 * (self.rope_scaling.softmax_factor if self.rope_scaling else 1.0)
+        factor = self.rope_scaling.softmax_factor if self.rope_scaling and self.mla else 1.0
+        return self.head_dim**-0.5 * factor
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -185,7 +186,7 @@ def load_model_config(folder: Path) -> ModelConfig:
         attention_bias=bool(read("attention_bias", default=False)),
         dtype=str(read("dtype", "torch_dtype", default="bfloat16")).removeprefix("torch."),
         eos_token_ids=_eos_token_ids(folder, read),
-        num_nextn_predict_layers=int(read("num_nextn_predict_layers", default=0)),
+        num_nextn_predict_layers=int(read("num_nextn_predict_layers", "num_mtp_layers", default=0)),
         moe=_moe_config(read),
         mla=mla,
     )

@@ -62,7 +62,7 @@ class DeepseekV3Attention:
             mla.q_lora_rank or model.hidden_size,
             [("q_b_proj" if mla.q_lora_rank else "q_proj", queries)],
         )
-        self.kv_b_proj = AbsorbedKvProjection(config, f"{prefix}.kv_b_proj", keys_and_values)
+        self.kv_b_proj = AbsorbedKvProjection(config, prefix, keys_and_values)
         self.o_proj = RowParallelLinear(
             config, group, prefix, values, ("o_proj", model.hidden_size), model.attention_bias
         )

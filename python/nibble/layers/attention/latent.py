@@ -23,14 +23,13 @@ class AbsorbedKvProjection:
     """
 
     def __init__(self, config: EngineConfig, prefix: str, rows: Shard) -> None:
-        """`prefix` is the module's own name."""
         mla = config.model.mla
         assert mla is not None
         self.key_size, self.head_size = mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.v_head_dim
         self.dtype, self.rows = torch_dtype(config.dtype), rows
         self.weight: Nvfp4Weight | torch.Tensor
         self.input_scale: torch.Tensor | None = None
-        if config.quantization is not None and config.quantization.is_quantized(prefix):
+        if config.quantization is not None and config.quantization.is_quantized(f"{prefix}.kv_b_proj"):
             self.weight = Nvfp4Weight(rows, Shard.whole(mla.kv_lora_rank))
             self.input_scale = self.weight.input_scale
         else:
