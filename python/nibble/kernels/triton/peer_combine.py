@@ -70,7 +70,7 @@ def _peer_sum_kernel(
         row_ptr = tl.multiple_of(partial.to(tl.pointer_type(tl.bfloat16)), 16) + (first_row + row) * HIDDEN_SIZE
         term = tl.load(row_ptr + column, mask=mask, other=0.0, eviction_policy="evict_first")
         terms = terms + (term,)  # type: ignore[assignment]  # noqa: RUF005
-    acc: tl.tensor = terms[0].to(tl.float32)
+    acc: tl.tensor = terms[0].to(tl.float32)  # type: ignore[misc]
     for peer in tl.static_range(1, WORLD_SIZE):
         acc += terms[peer].to(tl.float32)
     tl.store(out_ptr + row * HIDDEN_SIZE + column, acc.to(tl.bfloat16), mask=mask)
