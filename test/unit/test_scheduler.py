@@ -236,6 +236,59 @@ def test_a_page_is_never_freed_twice():
         allocator.allocate(3)
 
 
+# A step begins before the tokens of the one before it are known
+
+
+def begin(scheduler: Scheduler) -> list[ScheduledRequest]:
+    step = scheduler.schedule()
+    assert step is not None
+    scheduler.begin_step(step)
+    return step
+
+
+def test_a_page_whose_last_token_is_still_on_its_way_is_not_shared_yet():
+    """The prompt leaves one place in its page, and the step that fills it may turn out to be NaN."""
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", prompt=7, max_new_tokens=9))
+    first, second = begin(scheduler), begin(scheduler)
+    scheduler.finish_step(first, [9])
+    assert scheduler.kv.cache.num_pages == 1
+    scheduler.finish_step(second, [None])
+    assert scheduler.kv.cache.num_pages == 1
+    assert len(scheduler.take_dirty_pages()) == 1
+
+
+@pytest.mark.parametrize(("unused_token", "shared"), [(9, 2), (None, 0)])
+def test_what_the_one_step_too_many_computed_is_cached_only_if_it_is_finite(unused_token, shared):
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", prompt=7, max_new_tokens=9))
+    first, second = begin(scheduler), begin(scheduler)
+    (booked,) = scheduler.finish_step(first, [EOS])
+    assert booked.reason is not None and booked.request.token_ids == [1, 2, 3, 4, 5, 6, 7, EOS]
+    assert scheduler.is_idle and scheduler.kv.allocator.num_free < 16, "its pages are still written"
+    assert scheduler.finish_step(second, [unused_token]) == []
+    assert scheduler.kv.cache.num_pages == shared
+    scheduler.check_idle()
+
+
+def test_nobody_is_retracted_whose_newest_token_is_not_known():
+    """It may be the last: the request would wait for another turn, and end in the queue."""
+    scheduler = make_scheduler(num_pages=4, max_running=2)
+    old, young = (make_request(name, prompt=[number] * 7, max_new_tokens=9) for number, name in enumerate("ab"))
+    scheduler.add(old)
+    finish(scheduler, scheduler.schedule())
+    scheduler.add(young)
+    steps = [begin(scheduler)]
+    while (step := scheduler.schedule()) is not None:
+        scheduler.begin_step(step)
+        scheduler.finish_step(steps.pop(), [5] * sum(entry.samples for entry in step))
+        steps.append(step)
+    scheduler.finish_step(steps.pop(), [5, EOS])
+    assert scheduler.num_retracted == 0
+    assert scheduler.running == [old]
+    run(scheduler)
+
+
 # The prefix cache
 
 

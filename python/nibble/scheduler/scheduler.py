@@ -135,9 +135,7 @@ class Scheduler:
         booked: list[BookedToken] = []
         for row, (entry, token) in enumerate(zip(sampling, tokens, strict=True)):
             entry.request.kv_is_finite = token is not None
-            if entry.request.has_ended:
-                _note_unused_token(entry, token)
-            else:
+            if not entry.request.has_ended:
                 booked.append(self._book_token(row, entry, token))
         if any(token.reason for token in booked):
             self.running = [request for request in self.running if not request.has_ended]
@@ -267,13 +265,6 @@ class Scheduler:
 
 def _scheduled(request: Request, num_tokens: int) -> ScheduledRequest:
     return ScheduledRequest(request, request.num_computed, num_tokens, num_tokens == request.num_remaining)
-
-
-def _note_unused_token(entry: ScheduledRequest, token: int | None) -> None:
-    """Of a request that was aborted: its keys may have been computed and are cached under it."""
-    place = entry.start + entry.num_tokens
-    if token is not None and place < len(entry.request.token_ids):
-        entry.request.token_ids[place] = token
 
 
 def _is_prompt(entry: ScheduledRequest) -> bool:
