@@ -273,17 +273,18 @@ def test_what_the_one_step_too_many_computed_is_cached_only_if_it_is_finite(unus
 
 def test_nobody_is_retracted_whose_newest_token_is_not_known():
     """It may be the last: the request would wait for another turn, and end in the queue."""
-    scheduler = make_scheduler(num_pages=4, max_running=2)
+    scheduler = make_scheduler(num_pages=6, max_running=2)
     old, young = (make_request(name, prompt=[number] * 7, max_new_tokens=9) for number, name in enumerate("ab"))
     scheduler.add(old)
     finish(scheduler, scheduler.schedule())
     scheduler.add(young)
-    steps = [begin(scheduler)]
+    last = begin(scheduler)
     while (step := scheduler.schedule()) is not None:
+        assert len(step) == 2
         scheduler.begin_step(step)
-        scheduler.finish_step(steps.pop(), [5] * sum(entry.samples for entry in step))
-        steps.append(step)
-    scheduler.finish_step(steps.pop(), [5, EOS])
+        scheduler.finish_step(last, [5] * sum(entry.samples for entry in last))
+        last = step
+    scheduler.finish_step(last, [5, EOS])
     assert scheduler.num_retracted == 0
     assert scheduler.running == [old]
     run(scheduler)
