@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
+import os
 import signal
 import socket
 import sys
@@ -25,6 +27,8 @@ logger = logging.getLogger("nibble")
 
 _CLOSE_SECONDS = 5
 """What open connections get to be closed in once nothing runs any more."""
+_CLOSE_SECONDS_DEAD = 1
+"""The same when the engine has died: clients are told at once, and those who don't read are not waited for."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_server_args(argv)
     configure_logging(args.log_level, "server", args.log_format)
     setproctitle.setproctitle("nibble server")
+    faulthandler.register(signal.SIGUSR1)  # as in the ranks: the stacks of all threads, for whoever asks
     try:
         config = resolve(args)
         for line in config.decisions():
@@ -39,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         listener = _listen(args)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    sys.exit(uvloop.run(_serve(config, listener)))
+    code = uvloop.run(_serve(config, listener))
+    logging.shutdown()
+    os._exit(code)  # a thread that is still busy with a prompt must not hold up the end
 
 
 def _listen(args: ServerArgs) -> socket.socket:
@@ -69,6 +76,7 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
 
     def on_dead(reason: str) -> None:
         logger.error("the engine died: %s", reason)
+        server.config.timeout_graceful_shutdown = _CLOSE_SECONDS_DEAD
         server.should_exit = True
 
     engine = AsyncEngine(config, on_dead)

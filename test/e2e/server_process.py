@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,12 +66,22 @@ class Server:
 
 
 @contextmanager
-def launch(log: Path, *flags: str, model: Path = DEMO_MODEL, ready: bool = True) -> Iterator[Server]:
-    """A server that is gone when the block ends, whatever happened in it."""
+def launch(log: Path, *flags: str, model: Path = DEMO_MODEL, ready: bool = True, faults: str = "") -> Iterator[Server]:
+    """A server that is gone when the block ends, whatever happened in it.
+
+    `faults`: see nibble.scheduler.fault_injection.
+    """
     port = free_port()
     command = [sys.executable, "-m", "nibble.launch_server", "--model-path", str(model), "--port", str(port), *flags]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "NIBBLE_TEST_FAULTS": faults},
+        )
     server = Server(process, port, log)
     try:
         if ready:
@@ -112,3 +123,37 @@ def events(response: httpx.Response) -> Iterator[dict]:
     for line in response.iter_lines():
         if line.startswith("data: ") and line != "data: [DONE]":
             yield json.loads(line.removeprefix("data: "))
+
+
+class Load:
+    """Many clients at once, half of them streaming; `outcomes` says of each how its request ended."""
+
+    def __init__(self, server: Server, count: int, request: dict) -> None:
+        self._pool = ThreadPoolExecutor(count)
+        self._client = httpx.Client(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None))
+        requests = [{**request, "stream": index % 2 == 0} for index in range(count)]
+        self._futures: list[Future[str]] = [self._pool.submit(self._ask, request) for request in requests]
+
+    def _ask(self, request: dict) -> str:
+        with self._client.stream("POST", "/generate", json=request) as response:
+            if response.status_code == 200 and request["stream"]:
+                last = list(events(response))[-1]
+            else:
+                last = json.loads(response.read())
+        if "error" in last:
+            return last["error"]["code"]
+        return "answer" if last["meta_info"]["finish_reason"] else "cut off"
+
+    def outcomes(self) -> list[str]:
+        done, late = wait(self._futures, timeout=30)
+        assert not late, f"{len(late)} requests were never answered"
+        self._pool.shutdown()
+        self._client.close()
+        return [future.result() for future in done]
+
+
+def wait_for_load(server: Server, requests: int) -> None:
+    deadline = time.monotonic() + 20
+    while sum(server.info()["requests_per_rank"]) < requests:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

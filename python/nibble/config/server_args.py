@@ -139,6 +139,9 @@ class ServerArgs:
     )
     max_running_requests: int = flag(64, "Requests that run at once on one rank.")
     max_queued_requests: int = flag(1024, "Requests that wait at once, over all ranks; more get a 503.")
+    queue_timeout: float | None = flag(
+        None, "Seconds that a request may wait for its first token; then it gets a 503. Default: no limit."
+    )
     chunked_prefill_size: int = flag(512, "Prompt tokens that one step of one rank processes at most.")
     disable_radix_cache: bool = flag(
         False, "Compute every prompt from its first token, even if another request had the same beginning."
@@ -174,6 +177,9 @@ class ServerArgs:
     drain_timeout: float = flag(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl-C.")
     startup_timeout: float = flag(600.0, "Seconds until the server must be ready.")
     dist_timeout: float = flag(60.0, "Seconds that a rank waits for its peers in a collective.")
+    watchdog_timeout: float = flag(
+        300.0, "Seconds after which a rank that has requests and makes no step ends the server, its stack in the log."
+    )
 
     # Logs and metrics
     log_level: str = flag("info", "Least severe log line shown.", choices=("debug", "info", "warning", "error"))
@@ -226,6 +232,7 @@ def require_positive(args: ServerArgs) -> None:
     names = (
         "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
         "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
+        "queue_timeout", "watchdog_timeout",
         "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs", "moe_dense_tp_size", "max_overtakes",
         "prefill_delayer_max_delay_passes", "prefill_delayer_max_delay_ms",
     )  # fmt: skip

@@ -19,6 +19,7 @@ from nibble.controller.load_balancer import LoadBalancer
 from nibble.controller.prefix_record import PrefixRecord
 from nibble.controller.request_state import RequestState
 from nibble.controller.supervisor import Supervisor
+from nibble.controller.watchdog import Watchdog
 from nibble.generation import GenerationOutput, GenerationRequest
 from nibble.ipc.messages import (
     AbortRequest,
@@ -34,6 +35,7 @@ from nibble.ipc.messages import (
     engine_address,
     rank_address,
 )
+from nibble.ipc.progress import ProgressBoard
 from nibble.observability.rank_stats import RankStats
 from nibble.sampling_params import validate_sampling_params
 from nibble.tokenizer.tokenizer import Tokenizer
@@ -46,6 +48,8 @@ MAX_PREFIX_BLOCKS = 1 << 18
 """What the load balancer remembers of the prompts that ranks got: about 30 MB, 8 million tokens with pages of 16."""
 
 State = Literal["starting", "ready", "draining", "dead"]
+
+_CHECKS_PER_TIMEOUT = 10
 
 
 class AsyncEngine:
@@ -67,6 +71,8 @@ class AsyncEngine:
         """Called with what a rank reports of itself, which ranks do with --enable-metrics."""
         self._state: State = "starting"
         self._death: str | None = None
+        self._hangs = False
+        """Whether it died of a rank that hangs, whose stack is worth a look."""
         self._ready = asyncio.Event()
         self._stages: dict[int, str] = {}
         self._requests: dict[str, RequestState] = {}
@@ -74,6 +80,7 @@ class AsyncEngine:
         self._sequence = 0
         self._seeds = random.Random(config.random_seed)
         self._supervisor: Supervisor | None = None  # until start
+        self._watching: asyncio.Task[None] | None = None  # until ready
         self._encoder = msgspec.msgpack.Encoder()
 
     # Life of the engine
@@ -88,6 +95,7 @@ class AsyncEngine:
         self._to_ranks = [self._socket(zmq.PUSH) for _ in range(self.dp_size)]
         for dp_rank, socket in enumerate(self._to_ranks):
             socket.connect(rank_address(self._run_dir, self.config.parallel.first_rank(dp_rank)))
+        self._progress = ProgressBoard(self._run_dir, self.config.parallel.world_size)
         self._receiver = asyncio.create_task(self._receive())
         self._supervisor = Supervisor(self.config, self._run_dir, self._on_exit)
         self._supervisor.start()
@@ -99,18 +107,22 @@ class AsyncEngine:
             everyone = range(self.config.parallel.world_size)
             waiting |= {rank: "starting its process" for rank in everyone if rank not in self._stages}
             stuck = ", ".join(f"rank {rank} is at {stage!r}" for rank, stage in sorted(waiting.items()))
+            self._hangs = True
             raise EngineDeadError(f"not ready within --startup-timeout {timeout:g} s: {stuck}") from None
         if self._death is not None:
             raise EngineDeadError(self._death)
         self._state = "ready"
+        self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Ends all processes and removes what they left. Requests still running end with an error."""
         if self._state != "dead":
             self._fail("the server is shutting down", notify=False)
         if self._supervisor is not None:
-            await asyncio.to_thread(self._supervisor.stop)
+            await asyncio.to_thread(self._supervisor.stop, dump_stacks=self._hangs)
             self._receiver.cancel()
+            if self._watching is not None:
+                self._watching.cancel()
             self._context.destroy(linger=0)
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
@@ -167,13 +179,20 @@ class AsyncEngine:
         """
         state = self._submit(request)
         try:
-            while True:
+            output = await self._first_output(state)
+            yield output
+            while output.finish_reason is None:
                 output = await state.next_output()
                 yield output
-                if output.finish_reason is not None:
-                    return
         finally:
             self._forget(state)
+
+    async def _first_output(self, state: RequestState) -> GenerationOutput:
+        timeout = self.config.args.queue_timeout
+        try:
+            return await asyncio.wait_for(state.next_output(), timeout)
+        except TimeoutError:
+            raise OverloadedError(f"no token came within --queue-timeout {timeout:g} s; the server is busy") from None
 
     def abort(self, request_id: str) -> None:
         """Ends the request with finish reason "abort"; an unknown one has ended already."""
@@ -291,7 +310,25 @@ class AsyncEngine:
                 if len(self._stages) == self.config.parallel.world_size and set(self._stages.values()) == {"ready"}:
                     self._ready.set()
             case RankFailed():
+                self._hangs = message.waited_in_vain
                 self._fail(f"rank {message.rank}: {message.message}")
+
+    async def _watch(self) -> None:
+        """Ends the engine when a rank has requests and makes no step for --watchdog-timeout."""
+        timeout = self.config.args.watchdog_timeout
+        interval = timeout / _CHECKS_PER_TIMEOUT
+        watchdog = Watchdog(self.config.parallel.world_size, timeout, interval)
+        while True:
+            await asyncio.sleep(interval)
+            running = (state for state in self._requests.values() if not state.rank_has_finished)
+            busy = {self.config.parallel.first_rank(state.rank) for state in running}
+            if stuck := watchdog.stuck(self._progress.read(), busy):
+                ranks = " and ".join(f"rank {rank}" for rank in stuck)
+                assert self._supervisor is not None
+                states = ", ".join(f"{rank} is {state}" for rank, state in enumerate(self._supervisor.states()))
+                self._hangs = True
+                self._fail(f"{ranks} made no step for --watchdog-timeout {timeout:g} s; of the processes, {states}")
+                return
 
     def _on_exit(self, rank: int, code: int) -> None:
         """Called from the supervisor's thread."""

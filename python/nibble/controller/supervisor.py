@@ -2,20 +2,25 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import psutil
 
 import nibble
 from nibble.config.resolve import EngineConfig
 
 logger = logging.getLogger(__name__)
 
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 1.5
+"""What all ranks together get to end by themselves."""
+_STACK_SECONDS = 0.2
 
 
 class Supervisor:
@@ -41,20 +46,38 @@ class Supervisor:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Ends all ranks; returns when none is left. May be called twice."""
+    def stop(self, dump_stacks: bool = False) -> None:
+        """Ends all ranks, with `dump_stacks` after they told where they are; returns when none is left.
+
+        May be called twice.
+        """
         self._stopping = True
+        if dump_stacks:
+            self._dump_stacks()
         for process in self._processes:
             if process is not None and process.stdin is not None and not process.stdin.closed:
                 process.stdin.close()
+        deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(_STOP_SECONDS)
+                thread.join(max(0.0, deadline - time.monotonic()))
         for process in self._processes:
             if process is not None and process.poll() is None:
                 logger.warning("process %d did not end by itself and is killed", process.pid)
                 process.kill()
                 process.wait()
+
+    def _dump_stacks(self) -> None:
+        """Has every rank write the stacks of its threads to standard error, also one that was stopped or spins in C."""
+        for process in self._processes:
+            if process is not None and process.poll() is None:
+                for number in (signal.SIGUSR1, signal.SIGCONT):
+                    process.send_signal(number)
+                time.sleep(_STACK_SECONDS)  # one after the other, so that they can be told apart
+
+    def states(self) -> list[str]:
+        """What the system says of each rank's process: running, sleeping, stopped, disk-sleep, …"""
+        return [psutil.Process(pid).status() if psutil.pid_exists(pid) else "gone" for pid in self.process_ids]
 
     @property
     def process_ids(self) -> list[int]:

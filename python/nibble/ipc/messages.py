@@ -53,6 +53,8 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True):
 
     rank: int
     message: str
+    waited_in_vain: bool
+    """Whether it waited for another rank, whose stack then tells more than its own."""
 
 
 class TokenUpdate(msgspec.Struct, frozen=True):

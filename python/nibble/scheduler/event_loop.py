@@ -55,9 +55,10 @@ class EventLoop:
         self._unfinished: UnfinishedStep | None = None
         """The last step, where its tokens are not known yet."""
 
-    def run_forever(self) -> None:
+    def run_forever(self, on_step: Callable[[], None] = lambda: None) -> None:
         while True:
             self.run_once()
+            on_step()
 
     def run_once(self) -> None:
         """One step; sleeps first when no rank has anything to do."""

@@ -4,6 +4,7 @@ Standard input brings the engine's configuration as one line of JSON and then st
 engine is gone, and this process with it.
 """
 
+import faulthandler
 import gc
 import logging
 import os
@@ -16,8 +17,10 @@ import setproctitle
 import torch
 
 from nibble.config.resolve import EngineConfig
+from nibble.distributed.communicator import CollectiveError
 from nibble.distributed.parallel_state import initialize_parallel
 from nibble.ipc.messages import RankFailed, RankReady, RankStage
+from nibble.ipc.progress import ProgressBoard
 from nibble.kernels.select import select_kernels
 from nibble.model_executor.model_runner import ModelRunner
 from nibble.model_executor.sampler import Sampler
@@ -25,6 +28,7 @@ from nibble.model_executor.step_executor import StepExecutor
 from nibble.observability.logging import configure_logging
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
+from nibble.scheduler.fault_injection import FaultInjection
 from nibble.scheduler.prefill_delayer import DelayLimits
 from nibble.scheduler.rank_sockets import RankSockets
 from nibble.scheduler.rank_statistics import RankStatistics, moe_traffic
@@ -39,32 +43,38 @@ def main() -> None:
     rank, run_dir = int(sys.argv[1]), Path(sys.argv[2])
     # Ctrl-C reaches every process of the terminal; the engine decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # how the engine has the stacks of a stuck rank written to standard error
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     die_with_parent(sys.stdin.fileno())
     setproctitle.setproctitle(f"nibble rank {rank}")
     configure_logging(config.args.log_level, f"rank {rank}", config.args.log_format)
     sockets = RankSockets(run_dir, rank, config.parallel)
     try:
-        _start(config, rank, run_dir, sockets).run_forever()
+        progress = ProgressBoard(run_dir, config.parallel.world_size)
+        _start(config, rank, run_dir, sockets).run_forever(lambda: progress.advance(rank))
     except Exception as error:
         if not isinstance(error, ConfigError):
             logger.exception("rank %d failed", rank)
-        sockets.send(RankFailed(rank, str(error) if isinstance(error, ConfigError) else repr(error)))
+        message = str(error) if isinstance(error, ConfigError) else repr(error)
+        sockets.send(RankFailed(rank, message, waited_in_vain=isinstance(error, CollectiveError)))
         sockets.close()
         sys.exit(1)
 
 
 def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets) -> EventLoop:
     torch.set_num_threads(config.cpu_threads)
+    faults = FaultInjection.from_environment()
 
     def on_stage(stage: str) -> None:
         sockets.send(RankStage(rank, stage))
+        faults.at_stage(stage)
 
     on_stage("meeting the other ranks")
     parallel = initialize_parallel(config, rank, run_dir)
     if config.rank_cores:  # only now: the group has looked at how many cores its ranks have together
         os.sched_setaffinity(0, config.rank_cores[rank])
     runner = ModelRunner(config, parallel, on_stage)
+    faults.install(runner.model)
     limits = SchedulerLimits(
         page_size=config.args.page_size,
         chunked_prefill_size=config.args.chunked_prefill_size,
