@@ -5,20 +5,26 @@ import contextlib
 import faulthandler
 import logging
 import os
+import resource
 import signal
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import NoReturn
 
 import setproctitle
 import uvicorn
 import uvloop
 
+from nibble.config.command_line import parse_server_args
 from nibble.config.resolve import EngineConfig, resolve
-from nibble.config.server_args import ServerArgs, parse_server_args
+from nibble.config.server_args import ServerArgs, non_default_options
 from nibble.controller.async_engine import AsyncEngine
+from nibble.entrypoints.http_protocol import BoundedHttpProtocol
 from nibble.entrypoints.http_server import create_app
+from nibble.entrypoints.tls import tls_context
 from nibble.observability.logging import configure_logging
 from nibble.observability.metrics import EngineMetrics
 from nibble.utils.errors import ConfigError, EngineDeadError
@@ -31,20 +37,30 @@ _CLOSE_SECONDS_DEAD = 1
 """The same when the engine has died: clients are told at once, and those who don't read are not waited for."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
+    try:
+        args = parse_server_args(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    serve(args)
+
+
+def serve(args: ServerArgs) -> NoReturn:
     """Serves until a signal ends it. Exit code 0 then; 1 if it can't start or a process of the engine dies."""
-    args = parse_server_args(argv)
     configure_logging(args.log_level, "server", args.log_format)
     setproctitle.setproctitle("nibble server")
     faulthandler.register(signal.SIGUSR1)  # as in the ranks: the stacks of all threads, for whoever asks
     try:
         config = resolve(args)
+        logger.info("options: %s", non_default_options(args))
         for line in config.decisions():
             logger.info(line)
+        tls = tls_context(args)
         listener = _listen(args)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    code = uvloop.run(_serve(config, listener))
+    _allow_many_connections()
+    code = uvloop.run(_serve(config, listener, tls))
     logging.shutdown()
     os._exit(code)  # a thread that is still busy with a prompt must not hold up the end
 
@@ -62,6 +78,12 @@ def _listen(args: ServerArgs) -> socket.socket:
     return listener
 
 
+def _allow_many_connections() -> None:
+    """Each connection takes a file descriptor, and the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class _HttpServer(uvicorn.Server):
     """Leaves signals to this module, which drains the engine before it stops the server."""
 
@@ -70,7 +92,7 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-async def _serve(config: EngineConfig, listener: socket.socket) -> int:
+async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
     started = time.monotonic()
     args = config.args
 
@@ -87,6 +109,7 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
     app = create_app(
         engine,
         api_key=args.api_key,
+        admin_api_key=args.admin_api_key,
         max_request_bytes=args.max_request_bytes,
         metrics=metrics,
         log_requests_level=args.log_requests_level if args.log_requests else None,
@@ -94,6 +117,8 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
     server = _HttpServer(
         uvicorn.Config(
             app,
+            http=BoundedHttpProtocol,
+            ssl_context_factory=None if tls is None else lambda *_: tls,
             log_config=None,  # its warnings look like all other lines
             log_level="warning",
             access_log=False,
@@ -109,12 +134,15 @@ async def _serve(config: EngineConfig, listener: socket.socket) -> int:
             starting.result()
             host, port = listener.getsockname()[:2]
             logger.info(
-                "ready after %.1f s: http://%s:%d serves %s on %d ranks, FP4 all-gather %s",
+                "ready after %.1f s: %s://%s:%d serves %s on tp=%d dp=%d ep=%d, FP4 all-gather %s",
                 time.monotonic() - started,
+                "http" if tls is None else "https",
                 f"[{host}]" if ":" in host else host,
                 port,
                 engine.served_model_name,
-                config.parallel.world_size,
+                config.parallel.tp_size,
+                config.parallel.dp_size,
+                config.parallel.ep_size,
                 "on" if config.fp4_allgather.enabled else "off",
             )
         await serving

@@ -7,10 +7,11 @@ import msgspec
 import pytest
 import torch
 
+from nibble.config.command_line import parse_server_args
 from nibble.config.model_config import load_model_config
 from nibble.config.quantization_config import QuantizationConfig, load_quantization_config
 from nibble.config.resolve import EngineConfig, resolve
-from nibble.config.server_args import ServerArgs, parse_server_args
+from nibble.config.server_args import ServerArgs
 from nibble.kernels.cpu import library
 from nibble.kernels.select import select_kernels
 from nibble.utils.c_library import CompileError

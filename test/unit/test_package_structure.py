@@ -12,6 +12,7 @@ PACKAGE = Path(nibble.__file__).parent
 REPOSITORY = PACKAGE.parents[1]
 
 LAYERS = [
+    {"cli"},
     {"launch_server", "engine"},
     {"entrypoints"},
     {"controller", "tokenizer"},

@@ -1,7 +1,7 @@
 """The flags of the engine: one frozen dataclass, from which the command line is made."""
 
-import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 from nibble.utils.errors import ConfigError
 
 
-def flag(default: Any, help: str, *aliases: str, choices: Sequence[Any] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
+def flag(default: Any, help: str, *aliases: str, choices: Sequence[Any] | None = None, is_secret: bool = False) -> Any:
+    """`is_secret` keeps the value out of logs and answers."""
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "is_secret": is_secret}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,16 @@ class ServerArgs:
     # Server
     host: str = flag("127.0.0.1", "Address to listen on.")
     port: int = flag(30000, "Port to listen on.")
-    api_key: str | None = flag(None, "Key that requests must bring as a bearer token.")
+    api_key: str | None = flag(None, "Key that requests must bring as a bearer token.", is_secret=True)
+    admin_api_key: str | None = flag(
+        None, "Key that the routes of administrators need instead; see docs/operations.md.", is_secret=True
+    )
+    ssl_keyfile: str | None = flag(None, "Private key (PEM) to serve HTTPS with.")
+    ssl_certfile: str | None = flag(None, "Certificate chain (PEM) to serve HTTPS with.")
+    ssl_ca_certs: str | None = flag(
+        None, "Authorities (PEM) of clients' certificates; with it, every client must show one."
+    )
+    ssl_keyfile_password: str | None = flag(None, "Password of --ssl-keyfile.", is_secret=True)
     max_request_bytes: int = flag(16 * 2**20, "Largest request body, in bytes; a larger one gets a 413.")
     drain_timeout: float = flag(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl-C.")
     startup_timeout: float = flag(600.0, "Seconds until the server must be ready.")
@@ -194,37 +205,39 @@ class ServerArgs:
     enable_metrics: bool = flag(False, "Serve metrics for Prometheus at /metrics.")
 
 
-def _flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
+GROUPS = {
+    "model_path": "Model",
+    "tp_size": "Parallelism",
+    "enable_flashinfer_cutlass_moe": "Mixture of experts",
+    "device": "Machine",
+    "page_size": "Memory and batching (per rank)",
+    "host": "Server",
+    "log_level": "Logs and metrics",
+}
+"""The groups of --help, each with the field that it begins with."""
 
 
-def _value_type(annotation: Any) -> Any:
-    return {"int": int, "float": float}.get(str(getattr(annotation, "__name__", annotation)).split(" ")[0], str)
+def flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
 
 
-def add_server_args(parser: argparse.ArgumentParser) -> None:
-    """Adds one option for each field of ServerArgs."""
-    for entry in dataclasses.fields(ServerArgs):
-        names = [_flag_name(entry.name), *entry.metadata["aliases"]]
-        options: dict[str, Any] = {"dest": entry.name, "default": entry.default}
-        shown = "" if entry.default in (None, "", False) else f" (default: {entry.default})"
-        options["help"] = entry.metadata["help"].replace("%", "%%") + shown
-        if entry.type is bool:
-            options["action"] = "store_true"
-        else:
-            options["type"] = _value_type(entry.type)
-            options["choices"] = entry.metadata["choices"]
-        if entry.name == "model_path":
-            options["required"] = True
-        parser.add_argument(*names, **options)
+def shown_args(args: ServerArgs) -> dict[str, Any]:
+    """The flags by field name, secrets as `***`."""
+    shown = dataclasses.asdict(args)
+    for entry in dataclasses.fields(args):
+        if entry.metadata["is_secret"] and shown[entry.name] is not None:
+            shown[entry.name] = "***"
+    return shown
 
 
-def parse_server_args(argv: Sequence[str] | None = None) -> ServerArgs:
-    parser = argparse.ArgumentParser(
-        prog="python -m nibble.launch_server", description="Serve a model over HTTP.", allow_abbrev=False
+def non_default_options(args: ServerArgs) -> str:
+    """The options that differ from their defaults, as they would be typed, secrets as `***`."""
+    shown = shown_args(args)
+    changed = [entry.name for entry in dataclasses.fields(args) if getattr(args, entry.name) != entry.default]
+    return " ".join(
+        flag_name(name) if shown[name] is True else f"{flag_name(name)} {shlex.quote(str(shown[name]))}"
+        for name in changed
     )
-    add_server_args(parser)
-    return ServerArgs(**vars(parser.parse_args(argv)))
 
 
 def require_positive(args: ServerArgs) -> None:
@@ -239,7 +252,7 @@ def require_positive(args: ServerArgs) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value <= 0:
-            raise ConfigError(f"{_flag_name(name)} must be greater than 0, got {value}")
+            raise ConfigError(f"{flag_name(name)} must be greater than 0, got {value}")
     if not 0 < args.mem_fraction_static < 1:
         raise ConfigError(f"--mem-fraction-static must be between 0 and 1, got {args.mem_fraction_static}")
     if args.drain_timeout < 0:

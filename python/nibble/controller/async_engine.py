@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from nibble.config.resolve import EngineConfig
+from nibble.config.server_args import shown_args
 from nibble.controller.load_balancer import LoadBalancer
 from nibble.controller.prefix_record import PrefixRecord
 from nibble.controller.request_state import RequestState
@@ -155,13 +156,10 @@ class AsyncEngine:
         }
 
     def server_info(self) -> dict[str, Any]:
-        args: dict[str, Any] = msgspec.to_builtins(self.config.args)
-        if args["api_key"] is not None:
-            args["api_key"] = "***"
         resolved: dict[str, Any] = msgspec.to_builtins(self.config)
         del resolved["args"]
         return {
-            **args,
+            **shown_args(self.config.args),
             "resolved": resolved,
             "state": self._state,
             "requests_per_rank": self._balancer.requests_per_rank(),

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 _LONGEST_SHOWN_VALUE = 80
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 
 
 class ErrorDetail(BaseModel):

@@ -10,6 +10,7 @@ from nibble.entrypoints.api_key import ApiKeyMiddleware
 from nibble.entrypoints.context import ServerContext
 from nibble.entrypoints.engine_protocol import EngineClient
 from nibble.entrypoints.errors import ErrorResponse, install_error_handlers
+from nibble.entrypoints.http_protocol import HeadLimitMiddleware
 from nibble.entrypoints.metrics_route import metrics_router
 from nibble.entrypoints.prompts import PromptEncoder
 from nibble.entrypoints.request_tracking import RequestTrackingMiddleware
@@ -25,11 +26,12 @@ def create_app(
     engine: EngineClient,
     *,
     api_key: str | None = None,
+    admin_api_key: str | None = None,
     max_request_bytes: int = MAX_REQUEST_BYTES,
     metrics: EngineMetrics | None = None,
     log_requests_level: int | None = None,
 ) -> FastAPI:
-    """The app. With an `api_key`, every route but `/health` and `/ready` needs it as a bearer token.
+    """The app. For the keys see `ApiKeyMiddleware`.
 
     With `metrics` there is a route `/metrics`; with `log_requests_level`, 0 to 3, requests are logged.
     """
@@ -59,7 +61,7 @@ def create_app(
         app.include_router(module.router)
     if metrics is not None:
         app.include_router(metrics_router(metrics))
-    if api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=api_key)
+    app.add_middleware(ApiKeyMiddleware, api_key=api_key, admin_api_key=admin_api_key)
+    app.add_middleware(HeadLimitMiddleware)
     app.add_middleware(RequestTrackingMiddleware, metrics=metrics, request_log=request_log)  # outermost
     return app

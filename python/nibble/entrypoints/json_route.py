@@ -1,5 +1,6 @@
 """How bodies are read: never more than the limit, and as strict JSON."""
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -8,9 +9,11 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+BODY_TIMEOUT_S = 120.0
+
 
 class JsonRequest(Request):
-    """A request whose body is bounded while it is read, and parsed by orjson.
+    """A request whose body is bounded while it is read, in size and in time, and parsed by orjson.
 
     orjson refuses NaN, infinities, lone surrogates and nesting deeper than 1024. The limit is
     `app.state.max_request_bytes`.
@@ -18,7 +21,12 @@ class JsonRequest(Request):
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            self._body = await self._read_body(self.app.state.max_request_bytes)
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    self._body = await self._read_body(self.app.state.max_request_bytes)
+            except TimeoutError:
+                message = f"the request body did not arrive within {BODY_TIMEOUT_S:g} s"
+                raise HTTPException(408, message, {"connection": "close"}) from None
         return self._body
 
     async def json(self) -> Any:

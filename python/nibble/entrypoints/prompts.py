@@ -7,22 +7,23 @@ from typing import Any, TypeVar
 
 from nibble.tokenizer.tokenizer import Tokenizer
 from nibble.utils.errors import RequestError
+from nibble.utils.interruptible import Interruptible
 
 T = TypeVar("T")
 
 TEMPLATE_TIMEOUT_S = 10.0
 _SHORT_TEXT = 4096  # characters or tokens; they take about a millisecond, so that a thread is not worth it
-_MESSAGE_OVERHEAD = 64  # characters that a template adds to each message, about
 _NUM_THREADS = 2
 
 
 class PromptEncoder:
-    """Works on what is short on the event loop, and on what is long on a few threads of its own."""
+    """Tokenizes what is short on the event loop; what is long, and all that runs a template, on threads of its own."""
 
     def __init__(self, tokenizer: Tokenizer, template_timeout_s: float = TEMPLATE_TIMEOUT_S) -> None:
         self._tokenizer = tokenizer
         self._template_timeout_s = template_timeout_s
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompt-encoder")
+        self._short_chats = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="chat-template")
 
     async def encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of texts, see `Tokenizer.encode`; prompts that are token ids already stay as they are."""
@@ -46,20 +47,24 @@ class PromptEncoder:
     async def encode_chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[int]:
         """Token ids of a conversation; see `Tokenizer.apply_chat_template`.
 
-        Raises RequestError when it takes longer than the time limit.
+        Raises RequestError when it takes longer than the time limit, and ends it.
         """
-        size = sum(len(message["content"]) + _MESSAGE_OVERHEAD for message in messages)
-        encoding = self._run(size, lambda: self._tokenizer.apply_chat_template(messages, variables))
+        encoding = Interruptible(lambda: self._tokenizer.apply_chat_template(messages, variables))
+        size = sum(len(message["content"]) for message in messages)
+        threads = self._threads if size > _SHORT_TEXT else self._short_chats
+        running = asyncio.get_running_loop().run_in_executor(threads, encoding.run)
         try:
-            return await asyncio.wait_for(encoding, self._template_timeout_s)
+            return await asyncio.wait_for(running, self._template_timeout_s)
         except TimeoutError:
+            encoding.interrupt()
             raise RequestError(
                 f"rendering the chat template took longer than {self._template_timeout_s:g} s; send shorter messages",
                 "messages",
             ) from None
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._short_chats):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
         if size <= _SHORT_TEXT:
