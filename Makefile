@@ -2,6 +2,8 @@
 # make test    the tests                                                           [ARGS="…" passes pytest options]
 # make lint    format, lint and types
 # make eval    held-out accuracy of the served demo model                          [PORT=…] [MODEL=…]
+# make fuzz    10,000 hostile requests to a server of its own                      [ARGS="--requests … --seed …"]
+# make soak    1,000 streams at once for five minutes                              [ARGS="--streams … --seconds …"]
 # make bench   tokens per second of the engine beside transformers, and the CPU collectives
 # make demo-model   train, quantize and export the demo model again (tools/demo_model/README.md)   [FAMILY=deepseek]
 # Each does the set-up it needs in .venv.
@@ -19,7 +21,7 @@ DEMO_deepseek := nibble-demo-deepseek-3m
 DEMO := $(DEMO_$(FAMILY))
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: install serve test lint eval bench demo-model
+.PHONY: install serve test lint eval fuzz soak bench demo-model
 
 install: $(VENV)/.installed
 
@@ -42,6 +44,12 @@ test: install
 eval: install
 	$(BIN)/python -m tools.demo_model.evaluate --base-url http://127.0.0.1:$(PORT)/v1 \
 		--record $(MODEL:nvfp4=bf16).json $(ARGS)
+
+fuzz: install
+	$(BIN)/python test/e2e/fuzz.py $(ARGS)
+
+soak: install
+	$(BIN)/python benchmark/soak.py $(ARGS)
 
 bench: install
 	$(BIN)/python benchmark/offline.py --model-path $(MODEL) --ranks $(RANKS) $(ARGS)

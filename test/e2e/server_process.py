@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -25,15 +26,18 @@ def parallel_flags(ranks: int) -> list[str]:
 class Server:
     """A running `python -m nibble.launch_server`."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], port: int, log: Path, tls: str | None = None) -> None:
+        """`tls`: the authority of the server's certificate, if it speaks HTTPS."""
         self.process = process
         self.port = port
         self.log = log
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.tls = tls
+        verify = True if tls is None else ssl.create_default_context(cafile=tls)
+        self.client = httpx.Client(base_url=self.url, timeout=60, verify=verify)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://127.0.0.1:{self.port}"
 
     def wait_until_ready(self, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -66,10 +70,17 @@ class Server:
 
 
 @contextmanager
-def launch(log: Path, *flags: str, model: Path = DEMO_MODEL, ready: bool = True, faults: str = "") -> Iterator[Server]:
+def launch(
+    log: Path,
+    *flags: str,
+    model: Path = DEMO_MODEL,
+    ready: bool = True,
+    faults: str = "",
+    tls: str | None = None,
+) -> Iterator[Server]:
     """A server that is gone when the block ends, whatever happened in it.
 
-    `faults`: see nibble.scheduler.fault_injection.
+    `faults`: see nibble.scheduler.fault_injection. `tls`: see Server.
     """
     port = free_port()
     command = [sys.executable, "-m", "nibble.launch_server", "--model-path", str(model), "--port", str(port), *flags]
@@ -82,7 +93,7 @@ def launch(log: Path, *flags: str, model: Path = DEMO_MODEL, ready: bool = True,
             start_new_session=True,
             env={**os.environ, "NIBBLE_TEST_FAULTS": faults},
         )
-    server = Server(process, port, log)
+    server = Server(process, port, log, tls)
     try:
         if ready:
             server.wait_until_ready()

@@ -5,9 +5,12 @@ import importlib.metadata
 import platform
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibble
-from nibble.utils.capability import Capability, available_memory_bytes, capability
+
+if TYPE_CHECKING:
+    from nibble.utils.capability import Capability
 
 _PACKAGES = (
     "torch", "transformers", "tokenizers", "triton", "flashinfer-python", "nvidia-nccl-cu12", "nvidia-nccl-cu13",
@@ -20,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nibble.utils.capability import capability  # imports torch
+
     machine = capability()
     rows = [*_versions(), *_devices(machine), *_missing(machine)]
     width = max(len(name) for name, _ in rows)
@@ -37,8 +42,10 @@ def _versions() -> list[tuple[str, str]]:
     return rows
 
 
-def _devices(machine: Capability) -> list[tuple[str, str]]:
+def _devices(machine: "Capability") -> list[tuple[str, str]]:
     import torch
+
+    from nibble.utils.capability import available_memory_bytes
 
     rows = [
         ("CPU", f"{_cpu_name()}, {len(machine.cpu_cores)} cores may be used"),
@@ -55,7 +62,7 @@ def _devices(machine: Capability) -> list[tuple[str, str]]:
     return rows
 
 
-def _missing(machine: Capability) -> list[tuple[str, str]]:
+def _missing(machine: "Capability") -> list[tuple[str, str]]:
     """One row for each thing that can't be done here, with what it takes."""
     from nibble.config.resolve import OLDEST_CUDA_ARCH, OLDEST_FP4_ARCH
 

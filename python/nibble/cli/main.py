@@ -33,6 +33,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
 
     serve = add("serve", "serve a model over HTTP")
+    serve.usage = "nibble serve MODEL [options]"
     serve.add_argument("model", nargs="?", help="folder of the checkpoint, or its name on the Hugging Face hub")
     add_server_args(serve)
     bench.add_arguments(add("bench", "measure a running server: throughput, time to first token, time between tokens"))
@@ -44,14 +45,15 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser, commands = make_parser()
-    args = parser.parse_args(argv)
     try:
-        if args.command == "serve":
+        if argv[:1] == ["serve"]:
             server_args = server_args_of(commands["serve"], argv[1:])
             from nibble.launch_server import serve  # takes seconds to import
 
             serve(server_args)
-        sys.exit(args.run(args))
+        else:
+            args = parser.parse_args(argv)
+            sys.exit(args.run(args))
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

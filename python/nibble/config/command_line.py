@@ -39,7 +39,10 @@ def add_server_args(parser: argparse.ArgumentParser) -> None:
 def parse_server_args(argv: Sequence[str]) -> ServerArgs:
     """`python -m nibble.launch_server`. Exits with the usage for unknown options; raises ConfigError for a bad file."""
     parser = argparse.ArgumentParser(
-        prog="python -m nibble.launch_server", description="Serve a model over HTTP.", allow_abbrev=False
+        prog="python -m nibble.launch_server",
+        usage="%(prog)s --model-path MODEL [options]",
+        description="Serve a model over HTTP.",
+        allow_abbrev=False,
     )
     add_server_args(parser)
     return server_args_of(parser, argv)
@@ -48,13 +51,16 @@ def parse_server_args(argv: Sequence[str]) -> ServerArgs:
 def server_args_of(parser: argparse.ArgumentParser, argv: Sequence[str]) -> ServerArgs:
     """Parses `argv` by a parser that `add_server_args` has filled, after what its --config file says."""
     given = parser.parse_args(argv)
+    model = getattr(given, "model", None)  # of `nibble serve MODEL`
+    if model is not None and given.model_path:
+        parser.error("give the model once, by its place or as --model-path")
     if given.config is not None:
         given = parser.parse_args([*options_of_file(Path(given.config)), *argv])
     names = {entry.name for entry in dataclasses.fields(ServerArgs)}
-    args = ServerArgs(**{name: value for name, value in vars(given).items() if name in names})
-    if not args.model_path:
-        parser.error("a model is required: give its folder, or its name on the Hugging Face hub, as --model-path")
-    return args
+    fields = {name: value for name, value in vars(given).items() if name in names}
+    if not (model or given.model_path):
+        parser.error("a model is required: --model-path, with its folder or its name on the Hugging Face hub")
+    return ServerArgs(**{**fields, "model_path": model or given.model_path})
 
 
 def options_of_file(path: Path) -> list[str]:
