@@ -26,6 +26,7 @@ from nibble.entrypoints.http_protocol import BoundedHttpProtocol
 from nibble.entrypoints.http_server import create_app
 from nibble.entrypoints.tls import tls_context
 from nibble.observability.logging import configure_logging
+from nibble.observability.loop_lag import watch_event_loop
 from nibble.observability.metrics import EngineMetrics
 from nibble.utils.errors import ConfigError, EngineDeadError
 
@@ -128,6 +129,7 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
     stop = asyncio.create_task(_stop_on_signal(engine, server, args.drain_timeout))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(engine.start())
+    watching = asyncio.create_task(watch_event_loop(metrics.on_loop_lag)) if metrics is not None else None
     try:
         await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -155,6 +157,8 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
         died = engine.state() == "dead"
         starting.cancel()
         stop.cancel()
+        if watching is not None:
+            watching.cancel()
         await engine.stop()
     return 1 if died else 0
 

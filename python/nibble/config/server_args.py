@@ -185,6 +185,9 @@ class ServerArgs:
     )
     ssl_keyfile_password: str | None = flag(None, "Password of --ssl-keyfile.", is_secret=True)
     max_request_bytes: int = flag(16 * 2**20, "Largest request body, in bytes; a larger one gets a 413.")
+    stream_period: float = flag(
+        0.01, "Seconds between two events of a stream at least; tokens that come faster share an event."
+    )
     drain_timeout: float = flag(30.0, "Seconds that running requests get to finish after SIGTERM or Ctrl-C.")
     startup_timeout: float = flag(600.0, "Seconds until the server must be ready.")
     dist_timeout: float = flag(60.0, "Seconds that a rank waits for its peers in a collective.")
@@ -255,7 +258,8 @@ def require_positive(args: ServerArgs) -> None:
             raise ConfigError(f"{flag_name(name)} must be greater than 0, got {value}")
     if not 0 < args.mem_fraction_static < 1:
         raise ConfigError(f"--mem-fraction-static must be between 0 and 1, got {args.mem_fraction_static}")
-    if args.drain_timeout < 0:
-        raise ConfigError(f"--drain-timeout must be at least 0, got {args.drain_timeout}")
+    for name in ("drain_timeout", "stream_period"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"{flag_name(name)} must be at least 0, got {getattr(args, name)}")
     if not 0 <= args.port < 65536:
         raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")

@@ -21,6 +21,7 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 5, 10)
 _REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
+_LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 _ENDS: tuple[End, ...] = ("stop", "length", "abort", "error")
 
@@ -45,6 +46,7 @@ class EngineMetrics(Collector):
         self._per_output_token = Histogram(_TOKEN_SECONDS)
         self._latency = Histogram(_REQUEST_SECONDS)
         self._queue = Histogram(_REQUEST_SECONDS)
+        self._loop_lag = Histogram(_LAG_SECONDS)
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -80,6 +82,10 @@ class EngineMetrics(Collector):
     def on_response(self, endpoint: str | None, method: str, status: int) -> None:
         """One HTTP request was answered; `endpoint` is the route that did, if one matched."""
         self._responses[endpoint or "unmatched", method if method in _METHODS else "other", str(status)] += 1
+
+    def on_loop_lag(self, seconds: float) -> None:
+        """How late the event loop was, once in a while."""
+        self._loop_lag.observe(seconds)
 
     def on_rank_stats(self, stats: RankStats) -> None:
         """The newest report of one rank."""
@@ -155,6 +161,11 @@ class EngineMetrics(Collector):
             ("sglang:queue_time_seconds", "vllm:request_queue_time_seconds"),
             "From a generation's arrival at its rank to its first step there.",
             self._queue,
+        )
+        yield from self._histograms(
+            ("nibble:event_loop_lag_seconds",),
+            "How late the event loop of the HTTP process was, 50 times a second.",
+            self._loop_lag,
         )
 
     def _collect_ranks(self) -> Iterator[Metric]:

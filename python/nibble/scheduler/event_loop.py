@@ -38,8 +38,12 @@ class EventLoop:
         send: Callable[[TokenBatch], None],
         statistics: RankStatistics | None = None,
         overlaps: bool = False,
+        stream_period: float = 0.0,
     ) -> None:
-        """With `overlaps` a step is prepared and launched while the one before it still runs."""
+        """With `overlaps` a step is prepared and launched while the one before it still runs.
+
+        `stream_period`: seconds between two updates of requests that go on, so that quick steps share one.
+        """
         self.rank = rank
         self.scheduler = scheduler
         self.executor = executor
@@ -48,6 +52,8 @@ class EventLoop:
         self.send = send
         self.statistics = statistics
         self.overlaps = overlaps
+        self.stream_period = stream_period
+        self._updated_at = 0.0
         self.sequence = 0
         self.may_sleep = True
         self.may_admit = True
@@ -159,10 +165,18 @@ class EventLoop:
         """Waits for the tokens of a step, books them and tells what there is to tell."""
         sampled = unfinished.tokens.wait()
         booked = self.scheduler.finish_step(unfinished.step, [token.token_id for token in sampled])
-        updates = [_update(request, sampled[row], reason) for row, request, reason in booked]
+        is_due = self._is_update_due()
+        updates = [_update(request, sampled[row], reason, is_due) for row, request, reason in booked]
         news = [update for update in updates if update is not None]
         if news:
             self.send(TokenBatch(self.rank, news))
+
+    def _is_update_due(self) -> bool:
+        now = time.monotonic()
+        is_due = now - self._updated_at >= self.stream_period
+        if is_due:
+            self._updated_at = now
+        return is_due
 
 
 class UnfinishedStep(NamedTuple):
@@ -202,8 +216,8 @@ def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
     return ForwardBatch(input_ids, positions, attention, logit_rows)
 
 
-def _update(request: Request, sampled: SampledToken, reason: FinishReason | None) -> TokenUpdate | None:
-    """What is to be told of a request after a step, if anything."""
+def _update(request: Request, sampled: SampledToken, reason: FinishReason | None, is_due: bool) -> TokenUpdate | None:
+    """What is to be told of a request after a step, if anything; `is_due` unless others were told just now."""
     if sampled.token_id is not None:
         request.unsent_ids.append(sampled.token_id)
     if sampled.logprob is not None:
@@ -211,7 +225,7 @@ def _update(request: Request, sampled: SampledToken, reason: FinishReason | None
     if reason is not None:
         fields = {"generation": request.request_id, "finish_reason": reason.type, "tokens": request.num_generated}
         logger.debug("generation finished", extra={"fields": fields})
-    elif len(request.unsent_ids) < request.update_interval and request.has_told:
+    elif request.has_told and not (is_due and len(request.unsent_ids) >= request.update_interval):
         return None  # the first token is always told, since clients and metrics measure the time to it
     request.has_told = True
     update = TokenUpdate(request.request_id, request.unsent_ids, reason, request.unsent_logprobs, request.cached_tokens)

@@ -99,6 +99,7 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         sockets.answer,
         statistics,
         config.overlap_schedule,
+        config.args.stream_period,
     )
     gc.collect()
     gc.freeze()  # the model stays; collecting garbage need not look at it again
