@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from server_process import Load, Server, events, launch, parallel_flags, wait_for_load, wait_until_gone
@@ -20,6 +21,18 @@ PROMPT = [306, 271, 223, 19, 25, 298, 223, 20, 23, 33]
 def body(tokens: int, prompt: list[int] = PROMPT, **fields: object) -> dict:
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     return {"input_ids": prompt, "sampling_params": sampling, **fields}
+
+
+@contextlib.contextmanager
+def stopped(ranks: list[psutil.Process]) -> Iterator[None]:
+    """What runs and waits on the ranks does so at least until the block ends."""
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            rank.resume()
 
 
 # One server, on which requests fail in every way that does not end it
@@ -92,13 +105,14 @@ def test_more_requests_than_the_kv_cache_holds_all_get_the_answer_that_they_woul
 
 def test_a_full_queue_is_a_503_that_says_when_to_come_back(server):
     """Two run on each of two ranks and four wait."""
-    load = Load(server, 8, body(200))
-    wait_for_load(server, 8)
-    for stream in (False, True):
-        refused = server.client.post("/generate", json=body(1, stream=stream))
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"].isdecimal()
-        assert "--max-queued-requests" in refused.json()["error"]["message"]
+    with stopped(server.rank_processes()):
+        load = Load(server, 8, body(40))
+        wait_for_load(server, 8)
+        for stream in (False, True):
+            refused = server.client.post("/generate", json=body(1, stream=stream))
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"].isdecimal()
+            assert "--max-queued-requests" in refused.json()["error"]["message"]
     assert load.outcomes() == ["answer"] * 8
 
 
@@ -109,12 +123,8 @@ def test_who_waits_too_long_gets_a_503_and_who_runs_goes_on(server):
             for _ in range(4)
         ]
         assert [response.status_code for response in running] == [200] * 4
-        ranks = server.rank_processes()
-        for rank in ranks:  # so that what runs takes long enough
-            rank.suspend()
-        refused = server.client.post("/generate", json=body(1))
-        for rank in ranks:
-            rank.resume()
+        with stopped(server.rank_processes()):
+            refused = server.client.post("/generate", json=body(1))
         assert [list(events(response))[-1]["meta_info"]["completion_tokens"] for response in running] == [490] * 4
     assert refused.status_code == 503
     assert refused.headers["retry-after"].isdecimal()
