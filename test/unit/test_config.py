@@ -97,6 +97,11 @@ def test_a_size_of_zero_is_refused_with_its_flag(checkpoint, name):
     assert f"--{name.replace('_', '-')} must be greater than 0, got 0" in refused(checkpoint(), **{name: 0})
 
 
+@pytest.mark.parametrize("name", ["api_key", "admin_api_key"])
+def test_a_key_that_everybody_knows_is_refused(checkpoint, name):
+    assert "must not be empty" in refused(checkpoint(), **{name: ""})
+
+
 def test_the_configuration_travels_to_the_ranks_unchanged(checkpoint):
     config = resolved(checkpoint(quantization=NVFP4), **DP2)
     assert msgspec.json.decode(msgspec.json.encode(config), type=EngineConfig) == config

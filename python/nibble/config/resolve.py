@@ -11,7 +11,7 @@ from nibble.config.fp4_allgather import Fp4AllGatherDecision, should_use_flashin
 from nibble.config.model_config import ModelConfig, load_model_config
 from nibble.config.parallel_config import ParallelConfig, resolve_parallel
 from nibble.config.quantization_config import QuantizationConfig, load_quantization_config
-from nibble.config.server_args import ServerArgs, require_positive
+from nibble.config.server_args import ServerArgs, check_values
 from nibble.utils.c_library import CompileError, build_c_library
 from nibble.utils.capability import Capability, available_memory_bytes, capability
 from nibble.utils.errors import ConfigError
@@ -148,7 +148,7 @@ class EngineConfig:
 
 def resolve(args: ServerArgs) -> EngineConfig:
     """Raises ConfigError, with the reason and the fix, for anything that can't be served as asked."""
-    require_positive(args)
+    check_values(args)
     _check_schedule_policy(args)
     folder = checkpoint_folder(args.model_path, weights=args.load_format != "dummy")
     model = load_model_config(folder)

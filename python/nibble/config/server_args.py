@@ -243,8 +243,8 @@ def non_default_options(args: ServerArgs) -> str:
     )
 
 
-def require_positive(args: ServerArgs) -> None:
-    """Refuses numbers that no configuration can mean. Raises ConfigError."""
+def check_values(args: ServerArgs) -> None:
+    """Refuses values that no configuration can mean. Raises ConfigError."""
     names = (
         "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
         "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
@@ -261,5 +261,8 @@ def require_positive(args: ServerArgs) -> None:
     for name in ("drain_timeout", "stream_period"):
         if getattr(args, name) < 0:
             raise ConfigError(f"{flag_name(name)} must be at least 0, got {getattr(args, name)}")
+    for name in ("api_key", "admin_api_key"):
+        if getattr(args, name) == "":
+            raise ConfigError(f"{flag_name(name)} must not be empty; leave it out to need no key")
     if not 0 <= args.port < 65536:
         raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")

@@ -7,11 +7,14 @@ NIBBLE_TEST_FAULTS is a comma-separated list of
     stuck=STAGE   the rank never leaves that stage of its start
 """
 
+import logging
 import os
 import time
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _VARIABLE = "NIBBLE_TEST_FAULTS"
 
@@ -22,8 +25,10 @@ class FaultInjection:
 
     @classmethod
     def from_environment(cls) -> "FaultInjection":
-        entries = filter(None, os.environ.get(_VARIABLE, "").split(","))
-        return cls({kind: value for kind, _, value in (entry.partition("=") for entry in entries)})
+        entries = [entry.partition("=") for entry in os.environ.get(_VARIABLE, "").split(",") if entry]
+        if entries:
+            logger.warning("%s is set: this rank will fail on purpose", _VARIABLE)
+        return cls({kind: value for kind, _, value in entries})
 
     def at_stage(self, stage: str) -> None:
         if self._faults.get("stuck") == stage:
