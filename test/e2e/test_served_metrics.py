@@ -102,7 +102,7 @@ def test_gauges_of_a_rank_rise_while_it_works_and_return_to_zero(server):
     seen = {name: 0.0 for name in IDLE_GAUGES if name != "sglang:num_queue_reqs"}
     with server.client.stream("POST", "/generate", json=body) as response:
         for number, _ in enumerate(events(response)):
-            if number % 50 == 0:
+            if number % 5 == 0:
                 values = samples(server)
                 seen = {name: max(old, values[name, "1"]) for name, old in seen.items()}
                 assert all(values[name, "0"] == 0 for name in seen)
@@ -115,9 +115,10 @@ def test_gauges_of_a_rank_rise_while_it_works_and_return_to_zero(server):
 
 
 def test_a_request_is_found_by_its_id_in_the_logs_of_the_server_and_of_its_rank(server):
+    """Also when its body brings an id of its own."""
     response = server.client.post(
-        "/v1/completions",
-        json={"prompt": "What is 2 plus 2?", "max_tokens": 5, "data_parallel_rank": 1},
+        "/generate",
+        json={"text": "What is 2 plus 2?", "rid": "mine", "data_parallel_rank": 1},
         headers={"x-request-id": "find me"},
     )
     assert response.headers["x-request-id"] == "find_me"
@@ -131,7 +132,8 @@ def test_a_request_is_found_by_its_id_in_the_logs_of_the_server_and_of_its_rank(
         ("server", "generation finished"),
         ("server", "answered"),
     }
-    assert all(line["request_id"] == "find_me" for line in lines if line["process"] == "server")
+    assert all(line["request_id"] == "find_me" for line in lines)
+    assert {line["generation"] for line in lines if line["message"].startswith("generation")} == {"mine"}
 
 
 def test_every_line_of_the_log_is_json(server):

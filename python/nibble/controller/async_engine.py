@@ -38,6 +38,7 @@ from nibble.ipc.messages import (
 )
 from nibble.ipc.progress import ProgressBoard
 from nibble.observability.rank_stats import RankStats
+from nibble.observability.request_context import current_request
 from nibble.sampling_params import validate_sampling_params
 from nibble.tokenizer.tokenizer import Tokenizer
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
@@ -219,6 +220,7 @@ class AsyncEngine:
         state = RequestState(request, booking, self.tokenizer)
         self._requests[request.request_id] = state
         seed = request.sampling.sampling_seed
+        context = current_request.get()
         self._sequence += 1
         message = NewRequest(
             sequence=self._sequence,
@@ -230,6 +232,7 @@ class AsyncEngine:
             top_logprobs_num=request.top_logprobs_num,
             update_interval=request.update_interval,
             priority=request.priority,
+            http_request_id=None if context is None else context.request_id,
         )
         for peer in range(self.dp_size):
             self._send(peer, message if peer == state.rank else Wake(self._sequence))

@@ -21,6 +21,8 @@ class NewRequest(msgspec.Struct, frozen=True, tag=True):
     top_logprobs_num: int
     update_interval: int
     priority: int
+    http_request_id: str | None = None
+    """The id of the HTTP request that it belongs to, for the logs."""
 
 
 class Wake(msgspec.Struct, frozen=True, tag=True):

@@ -139,9 +139,10 @@ class EventLoop:
     def _handle(self, message: ToRank) -> None:
         match message:
             case NewRequest():
-                self.scheduler.add(Request(message))
+                request = Request(message)
+                self.scheduler.add(request)
                 self.sequence = message.sequence
-                self._note_arrival(message)
+                self._note_arrival(request)
             case Wake():
                 self.sequence = message.sequence
             case AbortRequest():
@@ -150,11 +151,11 @@ class EventLoop:
             case FlushCache():
                 self.scheduler.flush_cache()
 
-    def _note_arrival(self, message: NewRequest) -> None:
-        fields = {"generation": message.request_id, "prompt_tokens": len(message.input_ids)}
+    def _note_arrival(self, request: Request) -> None:
+        fields = {**request.log_fields, "prompt_tokens": request.prompt_length}
         logger.debug("generation arrived", extra={"fields": fields})
         if self.statistics is not None:
-            self.statistics.arrived(message.request_id)
+            self.statistics.arrived(request.request_id)
 
     def _note_abort(self, request_id: str) -> None:
         logger.debug("generation aborted", extra={"fields": {"generation": request_id}})
@@ -223,7 +224,7 @@ def _update(request: Request, sampled: SampledToken, reason: FinishReason | None
     if sampled.logprob is not None:
         request.unsent_logprobs.append(sampled.logprob)
     if reason is not None:
-        fields = {"generation": request.request_id, "finish_reason": reason.type, "tokens": request.num_generated}
+        fields = {**request.log_fields, "finish_reason": reason.type, "tokens": request.num_generated}
         logger.debug("generation finished", extra={"fields": fields})
     elif request.has_told and not (is_due and len(request.unsent_ids) >= request.update_interval):
         return None  # the first token is always told, since clients and metrics measure the time to it

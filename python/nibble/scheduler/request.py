@@ -15,6 +15,9 @@ class Request:
 
     def __init__(self, message: NewRequest) -> None:
         self.request_id = message.request_id
+        self.log_fields = {"generation": message.request_id}
+        if message.http_request_id is not None:
+            self.log_fields["request_id"] = message.http_request_id
         self.sampling = message.sampling
         self.update_interval = message.update_interval
         self.priority = message.priority
