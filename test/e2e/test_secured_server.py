@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import trustme
 
 from nibble.cli import main as cli
-from server_process import Server, launch, processes_of, shared_files
+from server_process import Server, launch, processes_of
 
 KEY, ADMIN_KEY = "the-key-of-clients", "the-key-of-admins"
 
@@ -23,12 +24,7 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture(scope="module")
-def before() -> set[str]:
-    return shared_files()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, authority, before) -> Iterator[Server]:
+def server(tmp_path_factory, authority) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("secured")
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(folder / "key.pem")
@@ -79,8 +75,9 @@ def test_the_log_begins_with_what_was_asked_for_and_says_where_it_is_ready(serve
     assert "tp=1 dp=1 ep=1, FP4 all-gather" in log
 
 
-def test_the_sockets_between_the_processes_are_nobody_elses(server, before):
-    (folder,) = [Path(name) for name in shared_files() - before if name.startswith("/tmp/nibble-")]
+def test_the_sockets_between_the_processes_are_nobody_elses(server):
+    sockets = [connection.laddr for connection in psutil.Process(server.process.pid).net_connections("unix")]
+    (folder,) = {Path(name).parent for name in sockets if name.endswith("/engine")}
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
     assert {path.name for path in folder.iterdir()} >= {"engine", "rank0"}
 
