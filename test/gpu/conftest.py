@@ -9,8 +9,13 @@ import pytest
 import torch
 
 COMPILED_BY_FLASHINFER = (
-    "test_layer_kernels_gpu.py", "test_flashinfer_attention.py", "test_cuda_graphs.py", "test_engine_gpu.py",
-)  # fmt: skip
+    "test_layer_kernels_gpu.py",
+    "test_flashinfer_attention.py",
+    "test_cuda_graphs.py",
+    "test_engine_gpu.py",
+    "test_overlap_gpu.py",
+    "test_deepseek_gpu.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +37,7 @@ def flashinfer_compiles_meanwhile() -> Iterator[None]:
         yield
         return
     script = str(Path(__file__).with_name("compile_flashinfer.py"))
-    compilers = [subprocess.Popen([sys.executable, script, head_dim]) for head_dim in ("64", "128")]
+    compilers = [subprocess.Popen([sys.executable, script, kind]) for kind in ("64", "128", "mla")]
     yield
     for compiler in compilers:
         compiler.kill()
