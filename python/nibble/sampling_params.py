@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from nibble.structured_output.grammar import Grammar
 from nibble.utils.errors import RequestError
 
 MAX_STOPS = 64
@@ -36,6 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     n: int = 1
+    grammar: Grammar | None = None
+    """What the answer must look like. Where it allows only its end, `ignore_eos` and `min_new_tokens` give way."""
 
     @property
     def has_penalties(self) -> bool:

@@ -15,6 +15,7 @@ from nibble.sampling_params import SamplingParams
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
 from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
+from nibble.structured_output.store import GrammarStore
 from runners import data_parallel_state, engine_config
 
 EOS = 5
@@ -64,8 +65,9 @@ def run(folder: Path, overlaps: bool, num_pages: int = 256, chunk: int = 64, max
                 raise Asleep
             return inbox.pop(0) if inbox else []
 
+    grammars = GrammarStore(Path("unused"), lambda key, error: None)
     with pytest.raises(Asleep):
-        EventLoop(0, scheduler, executor, DpSync(group), Inbox(), note, overlaps=overlaps).run_forever()
+        EventLoop(0, scheduler, executor, DpSync(group), Inbox(), note, grammars, overlaps=overlaps).run_forever()
     scheduler.check_idle()
     assert scheduler.num_retracted > 0 or num_pages > 100
     return told

@@ -1,6 +1,7 @@
 """The loop of one rank beside a peer: what it enters with it, and where it waits when there is nothing to do."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
 from nibble.scheduler.prefill_delayer import RankReport
 from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
+from nibble.structured_output.store import GrammarStore
 
 
 def says(rows: int, sequence: int = 1, decodes_only: bool = True, logit_rows: int | None = None) -> RankReport:
@@ -60,7 +62,8 @@ class Rank:
         self.updates: list[TokenBatch] = []
         limits = SchedulerLimits(4, 8, 4, 64, frozenset({0}))
         scheduler, sync = Scheduler(limits, num_pages=32), DpSync(self.group)
-        self.loop = EventLoop(0, scheduler, self, sync, self, self.updates.append)  # type: ignore[arg-type]
+        grammars = GrammarStore(Path("unused"), lambda key, error: None)
+        self.loop = EventLoop(0, scheduler, self, sync, self, self.updates.append, grammars)  # type: ignore[arg-type]
 
     def run(self) -> list[str]:
         """What happens before the loop sleeps for good."""

@@ -45,15 +45,12 @@ def refuse(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
 UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"tools": [TOOL]}),
     (CHAT, {"functions": [TOOL]}),
     (CHAT, {"tool_choice": "required"}),
     (CHAT, {"tool_choice": {"type": "function"}}),
     (CHAT, {"function_call": {"name": "f"}}),
-    (CHAT, {"response_format": SCHEMA}),
-    (CHAT, {"response_format": {"type": "json_object"}}),
     (CHAT, {"reasoning_effort": "high"}),
     (CHAT, {"store": True}),
     (CHAT, {"modalities": ["text", "audio"]}),
@@ -67,7 +64,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"use_beam_search": True}),
     (COMPLETIONS, {"prompt_logprobs": 1}),
     (COMPLETIONS, {"guided_json": {"x": 1}}),
-    *[(path, {name: "x"}) for path in (CHAT, COMPLETIONS) for name in ("regex", "ebnf", "json_schema", "stop_regex")],
+    *[(path, {name: "x"}) for path in (CHAT, COMPLETIONS) for name in ("json_schema", "stop_regex")],
     *[(path, {"lora_path": "adapter"}) for path in (CHAT, COMPLETIONS, GENERATE)],
     *[(path, {"my_own_field": 0}) for path in MINIMAL],
     (GENERATE, {"return_routed_experts": True}),
@@ -100,7 +97,7 @@ def test_a_priority_is_refused_out_of_range_and_where_priorities_are_not_used(pa
         assert words in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["regex", "ebnf", "json_schema", "stop_regex", "structural_tag", "custom_params"])
+@pytest.mark.parametrize("name", ["stop_regex", "structural_tag", "custom_params"])
 def test_unsupported_sampling_params_are_refused_by_name(name):
     error = refuse(GENERATE, {"sampling_params": {name: "x"}})
     assert error["param"] == f"sampling_params.{name}"

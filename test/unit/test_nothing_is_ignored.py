@@ -32,6 +32,8 @@ SAMPLING: dict[str, Any] = {
     "ignore_eos": True,
     "skip_special_tokens": False,
     "n": 2,
+    "regex": "[a-z]+",
+    "ebnf": 'root ::= "a"',
 }
 OPENAI: dict[str, dict[str, Any]] = {
     **{name: {name: value} for name, value in SAMPLING.items()},
@@ -42,6 +44,7 @@ OPENAI: dict[str, dict[str, Any]] = {
     "data_parallel_rank": {"data_parallel_rank": 1},
     "priority": {"priority": 1},
     "max_tokens": {"max_tokens": 3},
+    "response_format": {"response_format": {"type": "json_object"}},
 }
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     COMPLETIONS: {
@@ -71,7 +74,13 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """For each field of a route the change that asks for it, with what the field needs beside it."""
-NATIVE_SAMPLING = {**SAMPLING, "max_new_tokens": 3, "min_new_tokens": 2, "sampling_seed": 5}
+NATIVE_SAMPLING = {
+    **SAMPLING,
+    "max_new_tokens": 3,
+    "min_new_tokens": 2,
+    "sampling_seed": 5,
+    "json_schema": {"type": "object"},
+}
 CHANGES[GENERATE] |= {f"sampling_params.{name}": {"sampling_params": {name: v}} for name, v in NATIVE_SAMPLING.items()}
 WITHOUT_EFFECT = {
     "model": "one model is served, under any name",

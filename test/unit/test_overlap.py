@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nibble.sampling_params import SamplingParams
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
 from nibble.scheduler.scheduler import PENDING, Scheduler, SchedulerLimits
+from nibble.structured_output.store import GrammarStore
 
 PAGE = 4
 EOS = 0
@@ -123,7 +125,8 @@ class Rank:
         limits = SchedulerLimits(PAGE, budget, max_running, CONTEXT, frozenset({EOS}))
         self.scheduler = Scheduler(limits, num_pages)
         sync = DpSync(SingleRankCommunicator("dp"))
-        self.loop = EventLoop(0, self.scheduler, self.device, sync, self, self.note, overlaps=overlaps)
+        grammars = GrammarStore(Path("unused"), lambda key, error: None)
+        self.loop = EventLoop(0, self.scheduler, self.device, sync, self, self.note, grammars, overlaps=overlaps)
         self.inbox: list[list[ToRank]] = []
 
     def receive(self, wait: bool) -> list[ToRank]:

@@ -25,7 +25,7 @@ LAYERS = [
     {"distributed", "kernels", "kv_cache"},
     {"ipc"},
     {"observability"},
-    {"config", "generation", "sampling_params"},
+    {"config", "generation", "sampling_params", "structured_output"},
     {"utils"},
 ]
 """From top to bottom; a module imports only from its own layer and those below."""

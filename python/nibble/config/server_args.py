@@ -171,6 +171,13 @@ class ServerArgs:
     prefill_delayer_max_delay_ms: float = flag(200.0, "The same in milliseconds; whatever is over first.")
     random_seed: int | None = flag(None, "Seed for requests that bring none. Default: drawn at start.")
 
+    # Answers
+    grammar_backend: str = flag(
+        "xgrammar",
+        "What holds answers to a JSON schema, regex or grammar; none refuses them.",
+        choices=("xgrammar", "none"),
+    )
+
     # Server
     host: str = flag("127.0.0.1", "Address to listen on.")
     port: int = flag(30000, "Port to listen on.")

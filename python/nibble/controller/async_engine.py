@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import shown_args
+from nibble.controller.grammars import Grammars
 from nibble.controller.load_balancer import LoadBalancer
 from nibble.controller.prefix_record import PrefixRecord
 from nibble.controller.request_state import RequestState
@@ -26,6 +27,7 @@ from nibble.ipc.messages import (
     AbortRequest,
     FlushCache,
     FromRank,
+    GrammarCompiled,
     NewRequest,
     RankFailed,
     RankReady,
@@ -99,6 +101,7 @@ class AsyncEngine:
             socket.connect(rank_address(self._run_dir, self.config.parallel.first_rank(dp_rank)))
         self._progress = ProgressBoard(self._run_dir, self.config.parallel.world_size)
         self._receiver = asyncio.create_task(self._receive())
+        self._grammars = Grammars(self.config, self._run_dir, self._send_to_all)
         self._supervisor = Supervisor(self.config, self._run_dir, self._on_exit)
         self._supervisor.start()
         timeout = self.config.args.startup_timeout
@@ -121,6 +124,7 @@ class AsyncEngine:
         if self._state != "dead":
             self._fail("the server is shutting down", notify=False)
         if self._supervisor is not None:
+            await self._grammars.stop()
             await asyncio.to_thread(self._supervisor.stop, dump_stacks=self._hangs)
             self._receiver.cancel()
             if self._watching is not None:
@@ -176,8 +180,12 @@ class AsyncEngine:
         A slow reader skips snapshots and never holds anyone up. Raises RequestError, OverloadedError or
         EngineDeadError.
         """
-        state = self._submit(request)
+        state = self._register(request)
         try:
+            if request.sampling.grammar is not None:
+                await self._grammars.prepare(request.sampling.grammar)
+            if not state.has_ended:
+                self._dispatch(state)
             output = await self._first_output(state)
             yield output
             while output.finish_reason is None:
@@ -210,15 +218,18 @@ class AsyncEngine:
                 "try again when they have ended"
             )
         self._balancer.forget_prefixes()
-        for rank in range(self.dp_size):
-            self._send(rank, FlushCache())
+        self._send_to_all(FlushCache())
 
-    def _submit(self, request: GenerationRequest) -> RequestState:
+    def _register(self, request: GenerationRequest) -> RequestState:
         self._check(request)
         self._check_capacity()
         booking = self._balancer.book(request.input_ids, request.sampling.max_new_tokens, request.data_parallel_rank)
         state = RequestState(request, booking, self.tokenizer)
         self._requests[request.request_id] = state
+        return state
+
+    def _dispatch(self, state: RequestState) -> None:
+        request, rank = state.request, state.rank
         seed = request.sampling.sampling_seed
         context = current_request.get()
         self._sequence += 1
@@ -235,11 +246,13 @@ class AsyncEngine:
             http_request_id=None if context is None else context.request_id,
         )
         for peer in range(self.dp_size):
-            self._send(peer, message if peer == state.rank else Wake(self._sequence))
-        return state
+            self._send(peer, message if peer == rank else Wake(self._sequence))
 
     def _check(self, request: GenerationRequest) -> None:
         validate_sampling_params(request.sampling, self.vocab_size)
+        if request.sampling.grammar is not None and self.config.args.grammar_backend == "none":
+            field = request.sampling.grammar.field
+            raise RequestError(f"{field} needs a grammar, and this server runs with --grammar-backend none", field)
         length, wanted = len(request.input_ids), request.sampling.max_new_tokens
         if length == 0:
             raise RequestError("the prompt is empty", "prompt")
@@ -288,6 +301,10 @@ class AsyncEngine:
         # Without a high-water mark a send is taken at once, in order; the future is done when it returns.
         self._to_ranks[rank].send(self._encoder.encode(message))
 
+    def _send_to_all(self, message: ToRank) -> None:
+        for rank in range(self.dp_size):
+            self._send(rank, message)
+
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromRank)
         while True:
@@ -301,6 +318,8 @@ class AsyncEngine:
                     if state is not None:
                         self._balancer.progress(state.booking, len(update.token_ids))
                         state.update(update)
+            case GrammarCompiled():
+                self._grammars.on_compiled(message)
             case RankStats():
                 self.on_rank_stats(message)
             case RankStage():
@@ -348,6 +367,8 @@ class AsyncEngine:
         self._ready.set()
         for state in self._requests.values():
             state.fail(EngineDeadError(reason))
+        if self._supervisor is not None:
+            self._grammars.fail(EngineDeadError(reason))
         if notify:
             self._on_dead(reason)
 

@@ -27,6 +27,11 @@ class RequestState:
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is a last snapshot or an error to be read."""
+        return self._finish_reason is not None or self._error is not None
+
     def update(self, update: TokenUpdate) -> None:
         """Takes what the rank produced; nothing more after a stop string has matched."""
         self.rank_has_finished = update.finish_reason is not None

@@ -12,9 +12,11 @@ from nibble.entrypoints.request_model import (
     TextPrompts,
     TokenPrompts,
     is_prompt_list,
+    parsed_schema,
     prompt_list,
 )
 from nibble.sampling_params import SamplingParams
+from nibble.structured_output.grammar import Format, json_schema_format
 from nibble.utils.errors import RequestError
 
 _MAX_RID_LENGTH = 256
@@ -28,12 +30,22 @@ class NativeSampling(SamplingFields):
     max_new_tokens: int | None = Field(default=None, ge=1, description="128 unless given.")
     min_new_tokens: int = 0
     sampling_seed: int | None = None
+    json_schema: str | dict[str, Any] | None = Field(
+        default=None, description="A JSON schema for the answer, as an object or as its text."
+    )
+
+    def answer_formats(self) -> dict[str, Format]:
+        formats = super().answer_formats()
+        if self.json_schema is not None:
+            formats["json_schema"] = json_schema_format(parsed_schema(self.json_schema, "json_schema"))
+        return formats
 
     def sampling_params(self, max_new_tokens: int) -> SamplingParams:
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             min_new_tokens=self.min_new_tokens,
             sampling_seed=self.sampling_seed,
+            grammar=self.grammar(),
             **self.shared_sampling(),
         )
 

@@ -1,12 +1,13 @@
 """Request bodies of the OpenAI routes."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from nibble.entrypoints.logprobs import MAX_TOP_LOGPROBS
 from nibble.entrypoints.request_model import AnyPrompts, FailFastList, RequestModel, SamplingFields, at_most
 from nibble.sampling_params import SamplingParams
+from nibble.structured_output.grammar import Format, json_schema_format
 from nibble.utils.errors import RequestError
 
 MAX_MESSAGES = 4096
@@ -20,11 +21,29 @@ class StreamOptions(RequestModel):
     include_usage: bool = Field(default=False, description="Send a last chunk with the usage and no choices.")
 
 
+class JsonSchema(RequestModel):
+    """`strict` is as good as set: answers always fit the schema."""
+
+    bookkeeping_fields: ClassVar = frozenset({"name", "description", "strict"})
+
+    content: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(RequestModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _the_schema_is_there(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise RequestError("json_schema goes with the type 'json_schema', and with no other", "json_schema")
+        return self
+
+
 class OpenAISampling(SamplingFields):
     """What completions and chat completions share."""
 
     neutral_values: ClassVar = {
-        "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -50,6 +69,17 @@ class OpenAISampling(SamplingFields):
         default=None, description="The DP rank to run on; null leaves it to the balancer."
     )
     priority: int | None = Field(default=None, description="Higher goes first, with --enable-priority-scheduling.")
+    response_format: ResponseFormat = Field(
+        default=ResponseFormat(type="text"), description="Text, a JSON object, or JSON that fits a schema."
+    )
+
+    def answer_formats(self) -> dict[str, Format]:
+        formats = super().answer_formats()
+        if self.response_format.type == "json_object":
+            formats["response_format"] = json_schema_format({"type": "object"})
+        if self.response_format.json_schema is not None:
+            formats["response_format"] = json_schema_format(self.response_format.json_schema.content)
+        return formats
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "OpenAISampling":
@@ -68,6 +98,7 @@ class OpenAISampling(SamplingFields):
             max_new_tokens=max_new_tokens,
             min_new_tokens=self.min_tokens,
             sampling_seed=self.seed,
+            grammar=self.grammar(),
             **self.shared_sampling(),
         )
 

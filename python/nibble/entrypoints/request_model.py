@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from nibble.sampling_params import MAX_LOGIT_BIAS
+from nibble.structured_output.grammar import Format, Grammar, ebnf_format, make_grammar, regex_format
 from nibble.utils.errors import RequestError
 
 MAX_PROMPTS = 1024
@@ -88,9 +90,10 @@ class RequestModel(BaseModel):
     def _keep_what_is_served(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
+        fields = {field.alias or name for name, field in cls.model_fields.items()}
         served = {}
         for name, value in content.items():
-            if name in cls.model_fields:
+            if name in fields:
                 if value is not None:
                     served[name] = value
             elif name not in cls.bookkeeping_fields and not cls._asks_for_nothing(name, value):
@@ -101,6 +104,19 @@ class RequestModel(BaseModel):
     def _asks_for_nothing(cls, name: str, value: Any) -> bool:
         empty = value is None or value is False or (isinstance(value, str | list | dict) and not value)
         return empty or value in cls.neutral_values.get(name, ())
+
+
+def parsed_schema(schema: str | dict[str, Any], field: str) -> dict[str, Any]:
+    """A JSON schema that may be written as text. Raises RequestError when the text is not that of a JSON object."""
+    if isinstance(schema, dict):
+        return schema
+    try:
+        parsed = orjson.loads(schema)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"{field} is not valid JSON: {error}", field) from None
+    if not isinstance(parsed, dict):
+        raise RequestError(f"{field} must be the text of a JSON object, got {schema[:80]}", field)
+    return parsed
 
 
 def _token_keys(value: Any) -> Any:
@@ -132,10 +148,32 @@ class SamplingFields(RequestModel):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     n: int = Field(default=1, description="Choices for each prompt. Choice i is sampled with the seed plus i.")
+    regex: str | None = Field(default=None, description="What the whole answer must match.")
+    ebnf: str | None = Field(default=None, description="A grammar in GBNF for the answer, with the rule root.")
+
+    def answer_formats(self) -> dict[str, Format]:
+        """What the answer is asked to look like, by the field that asks."""
+        formats = {}
+        if self.regex is not None:
+            formats["regex"] = regex_format(self.regex)
+        if self.ebnf is not None:
+            formats["ebnf"] = ebnf_format(self.ebnf)
+        return formats
+
+    def grammar(self) -> Grammar | None:
+        """What the whole answer is held to."""
+        return next((make_grammar(content, field) for field, content in self.answer_formats().items()), None)
+
+    @model_validator(mode="after")
+    def _one_format_at_most(self) -> "SamplingFields":
+        fields = list(self.answer_formats())
+        if len(fields) > 1:
+            raise RequestError(f"{fields[0]} and {fields[1]} both say what the answer looks like; send one", fields[1])
+        return self
 
     def shared_sampling(self) -> dict[str, Any]:
         """These fields as arguments of `SamplingParams`."""
-        fields = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        fields = {name: getattr(self, name) for name in SamplingFields.model_fields.keys() - {"regex", "ebnf"}}
         fields["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
         return fields

@@ -39,6 +39,17 @@ class FlushCache(msgspec.Struct, frozen=True, tag=True):
     """To every rank, which forgets the prefixes of ended requests before it reads its next message."""
 
 
+class CompileGrammar(msgspec.Struct, frozen=True, tag=True):
+    """To every rank, which answers with GrammarCompiled; requests with the grammar are sent after that."""
+
+    key: str
+    structural_tag: str
+
+
+class ForgetGrammar(msgspec.Struct, frozen=True, tag=True):
+    key: str
+
+
 class RankStage(msgspec.Struct, frozen=True, tag=True):
     """What a starting rank is doing, so that a start that hangs can say where."""
 
@@ -59,6 +70,14 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True):
     """Whether it waited for another rank, whose stack then tells more than its own."""
 
 
+class GrammarCompiled(msgspec.Struct, frozen=True, tag=True):
+    """`error` says why a grammar could not be compiled."""
+
+    rank: int
+    key: str
+    error: str | None
+
+
 class TokenUpdate(msgspec.Struct, frozen=True):
     """News of one request: tokens since the last update, and how it ended if it did."""
 
@@ -77,12 +96,17 @@ class TokenBatch(msgspec.Struct, frozen=True, tag=True):
     updates: list[TokenUpdate]
 
 
-ToRank = NewRequest | Wake | AbortRequest | FlushCache
-FromRank = RankStage | RankReady | RankFailed | TokenBatch | RankStats
+ToRank = NewRequest | Wake | AbortRequest | FlushCache | CompileGrammar | ForgetGrammar
+FromRank = RankStage | RankReady | RankFailed | TokenBatch | RankStats | GrammarCompiled
 
 
 def rank_address(run_dir: Path, rank: int) -> str:
     return f"ipc://{run_dir}/rank{rank}"
+
+
+def vocabulary_path(run_dir: Path) -> Path:
+    """What the ranks' grammar compilers read; it is there once a grammar has been tried."""
+    return run_dir / "vocabulary.json"
 
 
 def engine_address(run_dir: Path) -> str:

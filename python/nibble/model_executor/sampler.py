@@ -9,6 +9,7 @@ import torch
 from nibble.generation import TokenLogprob
 from nibble.kernels.torch.sampling import argmax, filter_logits, gumbel_argmax
 from nibble.sampling_params import SamplingParams
+from nibble.structured_output.state import GrammarState, mask_logits
 from nibble.utils.transfer import to_device, to_host
 
 SMALLEST_TEMPERATURE = 1e-5
@@ -25,6 +26,7 @@ class SamplingRow:
     prompt_length: int
     top_logprobs_num: int | None
     """None when no log-probabilities are wanted."""
+    grammar: GrammarState | None = None
 
     @property
     def num_generated(self) -> int:
@@ -61,18 +63,31 @@ class Sampler:
         return SampledBatch(tokens, is_finite, _logprobs(logits, rows, tokens))
 
     def _adjust(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-        """Logit bias, penalties and the ban on early stops, for the rows that have any."""
+        """Logit bias, penalties, the ban on early stops and grammars, for the rows that have any."""
         changed = [index for index, row in enumerate(rows) if self._needs_adjustment(row)]
         if not changed:
             return logits
         logits = logits.clone()
         for index in changed:
             self._adjust_row(logits[index], rows[index])
+        grammars = {
+            index: (row.grammar, self._unwanted(row)) for index, row in enumerate(rows) if row.grammar is not None
+        }
+        if grammars:
+            mask_logits(logits, grammars)
         return logits
 
     def _needs_adjustment(self, row: SamplingRow) -> bool:
         sampling = row.sampling
-        return bool(sampling.logit_bias or sampling.has_penalties or row.num_generated < sampling.min_new_tokens)
+        has_bias = bool(sampling.logit_bias or sampling.has_penalties)
+        return has_bias or row.grammar is not None or row.num_generated < sampling.min_new_tokens
+
+    def _unwanted(self, row: SamplingRow) -> list[int]:
+        """What must not end the answer yet. Only with a grammar is the end of sequence avoided by `ignore_eos`: a
+        grammar ends with it, while other answers simply go on behind it."""
+        if row.num_generated < row.sampling.min_new_tokens:
+            return [*self.eos_token_ids, *row.sampling.stop_token_ids]
+        return self.eos_token_ids if row.sampling.ignore_eos and row.grammar is not None else []
 
     def _adjust_row(self, logits: torch.Tensor, row: SamplingRow) -> None:
         """In place on `[V]`. Repetition looks at prompt and answer, the other penalties at the answer."""
@@ -87,8 +102,8 @@ class Sampler:
             logits[generated] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         for token, bias in sampling.logit_bias.items():
             logits[token] += bias
-        if row.num_generated < sampling.min_new_tokens:
-            logits[[*self.eos_token_ids, *sampling.stop_token_ids]] = float("-inf")
+        if row.grammar is None and row.num_generated < sampling.min_new_tokens:
+            logits[self._unwanted(row)] = float("-inf")
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from nibble.generation import FinishReason
-from nibble.ipc.messages import AbortRequest, FlushCache, NewRequest, TokenBatch, TokenUpdate, ToRank, Wake
+from nibble.ipc.messages import (
+    AbortRequest,
+    CompileGrammar,
+    FlushCache,
+    ForgetGrammar,
+    NewRequest,
+    TokenBatch,
+    TokenUpdate,
+    ToRank,
+    Wake,
+)
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.future_tokens import future_token
@@ -17,6 +27,7 @@ from nibble.scheduler.prefill_delayer import RankReport
 from nibble.scheduler.rank_statistics import RankStatistics
 from nibble.scheduler.request import Request
 from nibble.scheduler.scheduler import PENDING, ScheduledRequest, Scheduler
+from nibble.structured_output.store import GrammarStore
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +47,7 @@ class EventLoop:
         dp_sync: DpSync,
         inbox: Inbox,
         send: Callable[[TokenBatch], None],
+        grammars: GrammarStore,
         statistics: RankStatistics | None = None,
         overlaps: bool = False,
         stream_period: float = 0.0,
@@ -50,6 +62,7 @@ class EventLoop:
         self.dp_sync = dp_sync
         self.inbox = inbox
         self.send = send
+        self.grammars = grammars
         self.statistics = statistics
         self.overlaps = overlaps
         self.stream_period = stream_period
@@ -139,7 +152,7 @@ class EventLoop:
     def _handle(self, message: ToRank) -> None:
         match message:
             case NewRequest():
-                request = Request(message)
+                request = self._new_request(message)
                 self.scheduler.add(request)
                 self.sequence = message.sequence
                 self._note_arrival(request)
@@ -150,6 +163,14 @@ class EventLoop:
                 self._note_abort(message.request_id)
             case FlushCache():
                 self.scheduler.flush_cache()
+            case CompileGrammar(key, structural_tag):
+                self.grammars.compile(key, structural_tag)
+            case ForgetGrammar(key):
+                self.grammars.forget(key)
+
+    def _new_request(self, message: NewRequest) -> Request:
+        grammar = message.sampling.grammar
+        return Request(message, None if grammar is None else self.grammars.begin(grammar))
 
     def _note_arrival(self, request: Request) -> None:
         fields = {**request.log_fields, "prompt_tokens": request.prompt_length}

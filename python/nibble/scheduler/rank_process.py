@@ -19,7 +19,7 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.communicator import CollectiveError
 from nibble.distributed.parallel_state import initialize_parallel
-from nibble.ipc.messages import RankFailed, RankReady, RankStage
+from nibble.ipc.messages import GrammarCompiled, RankFailed, RankReady, RankStage, vocabulary_path
 from nibble.ipc.progress import ProgressBoard
 from nibble.kernels.select import select_kernels
 from nibble.model_executor.model_runner import ModelRunner
@@ -33,6 +33,7 @@ from nibble.scheduler.prefill_delayer import DelayLimits
 from nibble.scheduler.rank_sockets import RankSockets
 from nibble.scheduler.rank_statistics import RankStatistics, moe_traffic
 from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
+from nibble.structured_output.store import GrammarStore
 from nibble.utils.errors import ConfigError
 from nibble.utils.process import die_with_parent
 
@@ -90,6 +91,9 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         traffic = moe_traffic(config, (layer for _, layer in runner.model.layers()))
         statistics = RankStatistics(dp_rank, traffic, sockets.answer)
     sampler = Sampler(config.model.eos_token_ids, select_kernels(config.kernels, config.moe_kernel).argmax)
+    grammars = GrammarStore(
+        vocabulary_path(run_dir), lambda key, error: sockets.send_from_thread(GrammarCompiled(rank, key, error))
+    )
     loop = EventLoop(
         dp_rank,
         Scheduler(limits, runner.pool.num_pages),
@@ -97,6 +101,7 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         DpSync(parallel.cpu_group, config.parallel.attn_tp_size, _delay_limits(config)),
         sockets,
         sockets.answer,
+        grammars,
         statistics,
         config.overlap_schedule,
         config.args.stream_period,

@@ -20,8 +20,9 @@ class RankSockets:
         self._context = zmq.Context()
         self._inbox = self._socket(zmq.PULL)
         self._inbox.bind(rank_address(run_dir, rank))
+        self._engine_address = engine_address(run_dir)
         self._outbox = self._socket(zmq.PUSH)
-        self._outbox.connect(engine_address(run_dir))
+        self._outbox.connect(self._engine_address)
         first, *others = parallel.attn_tp_ranks(rank)
         self.is_first_of_group = rank == first
         self._others = [self._socket(zmq.PUSH) for _ in others] if self.is_first_of_group else []
@@ -42,6 +43,12 @@ class RankSockets:
 
     def send(self, message: FromRank) -> None:
         self._outbox.send(self._encoder.encode(message))
+
+    def send_from_thread(self, message: FromRank) -> None:
+        """`send` for other threads, to which the sockets must not be shown."""
+        with self._socket(zmq.PUSH) as socket:
+            socket.connect(self._engine_address)
+            socket.send(msgspec.msgpack.encode(message))
 
     def answer(self, message: FromRank) -> None:
         """Sends what is the same on all ranks of the group, once."""

@@ -4,6 +4,7 @@ from nibble.generation import FinishReason, TokenLogprob
 from nibble.ipc.messages import NewRequest
 from nibble.kv_cache.radix_cache import Node
 from nibble.model_executor.sampler import SamplingRow
+from nibble.structured_output.state import GrammarState
 
 
 class Request:
@@ -13,7 +14,7 @@ class Request:
     not reported yet lies in `unsent_ids` and `unsent_logprobs`.
     """
 
-    def __init__(self, message: NewRequest) -> None:
+    def __init__(self, message: NewRequest, grammar: GrammarState | None = None) -> None:
         self.request_id = message.request_id
         self.log_fields = {"generation": message.request_id}
         if message.http_request_id is not None:
@@ -35,6 +36,7 @@ class Request:
             self.token_ids,
             self.prompt_length,
             message.top_logprobs_num if message.return_logprob else None,
+            grammar,
         )
         """How the sampler sees this request, at every step."""
         self.slot = -1
@@ -72,9 +74,10 @@ class Request:
     def needs_last_token(self) -> bool:
         """Whether its next token can't be sampled before the host knows the last one.
 
-        The one place that says which requests step without overlap: penalties count the tokens there are.
+        The one place that says which requests step without overlap: penalties count the tokens there are, and a grammar
+        allows what fits behind them.
         """
-        return self.sampling.has_penalties
+        return self.sampling.has_penalties or self.sampling.grammar is not None
 
     def is_at_its_limit(self, context_length: int) -> bool:
         """Whether there is no token after the last one, known or not."""
@@ -83,6 +86,12 @@ class Request:
     def append(self, token: int, eos_token_ids: frozenset[int], context_length: int) -> FinishReason | None:
         """Adds a sampled token and says whether it was the last."""
         self.token_ids.append(token)
+        grammar = self.sampling_row.grammar
+        if grammar is not None:
+            if not grammar.accept(token):
+                return FinishReason("abort", message="the model has no token that fits the grammar here")
+            if grammar.has_ended:
+                return FinishReason("stop", matched=token)
         if self.num_generated >= self.sampling.min_new_tokens and (
             token in self.sampling.stop_token_ids or (token in eos_token_ids and not self.sampling.ignore_eos)
         ):

@@ -9,14 +9,19 @@ import threading
 _PR_SET_PDEATHSIG = 1
 
 
+def die_with_parent_thread() -> None:
+    """Has the kernel end this process when the thread that started it is gone. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def die_with_parent(pipe: int) -> None:
     """Ends this process at once when its parent is gone, however it went.
 
     The kernel's parent-death signal covers Linux; the end of `pipe`, whose other end only the parent holds,
     covers every system (`pipe` is its file descriptor). Both act while this process is stuck in a collective.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent_thread()
 
     def wait() -> None:
         while os.read(pipe, 4096):

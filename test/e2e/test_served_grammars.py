@@ -1,0 +1,93 @@
+"""Structured output of the demo model, through the official client: what comes is what was asked for."""
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Literal
+
+import openai
+import psutil
+import pytest
+from pydantic import BaseModel, Field
+
+from server_process import Server, launch, parallel_flags, wait_until_gone
+
+QUESTION = [{"role": "user", "content": "What is 17 plus 25?"}]
+
+
+class Sum(BaseModel):
+    """Bounded, since the demo model has not learned to end strings."""
+
+    first: Literal[17, 25]
+    second: Annotated[str, Field(pattern="^[a-z]{3}$")]
+    correct: bool
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with launch(tmp_path_factory.mktemp("grammars") / "log", *parallel_flags(2)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(client: openai.OpenAI, **options: object) -> str:
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=600, **options)
+    assert answer.choices[0].finish_reason == "stop"
+    return answer.choices[0].message.content
+
+
+def test_the_official_client_parses_its_own_models(client):
+    answer = client.chat.completions.parse(model="demo", messages=QUESTION, response_format=Sum, max_tokens=600)
+    assert isinstance(answer.choices[0].message.parsed, Sum)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_holds_its_requests_to_their_grammar(client, rank):
+    pattern = r"The answer is [0-9]{2}(, surely)?\."
+    for temperature in (0, 1):
+        text = ask(client, temperature=temperature, extra_body={"regex": pattern, "data_parallel_rank": rank})
+        assert re.fullmatch(pattern, text)
+
+
+def test_grammars_and_free_text_run_side_by_side(client):
+    options = [
+        {"extra_body": {"regex": "[a-c]{7}"}},
+        {},
+        {"extra_body": {"ebnf": 'root ::= "yes" | "no"'}},
+    ] * 3
+    with ThreadPoolExecutor(len(options)) as pool:
+        texts = list(pool.map(lambda option: ask(client, temperature=0, **option), options))
+    for letters, free, choice in zip(*[iter(texts)] * 3, strict=True):
+        assert re.fullmatch("[a-c]{7}", letters)
+        assert free == "17 plus 25 is 42."
+        assert choice in ("yes", "no")
+
+
+def test_a_native_request_takes_a_schema_as_an_object_or_as_text(server):
+    schema = Sum.model_json_schema()
+    for written in (schema, json.dumps(schema)):
+        sampling = {"json_schema": written, "max_new_tokens": 600, "temperature": 0}
+        Sum.model_validate_json(server.generate(text="17 plus 25", sampling_params=sampling)["text"])
+
+
+def test_a_grammar_that_can_not_be_compiled_is_a_400_that_names_the_field(client, server):
+    with pytest.raises(openai.BadRequestError, match="parenthesis") as caught:
+        ask(client, extra_body={"regex": "(a"})
+    assert caught.value.body["param"] == "regex"
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError, match="nothing") as caught:
+        ask(client, response_format=schema, stream=True)
+    assert caught.value.body["param"] == "response_format"
+
+
+def test_one_process_has_compiled_on_trial_and_it_ends_with_the_server(server, client):
+    ask(client, extra_body={"regex": "ok"})
+    (trial,) = (p for p in psutil.Process(server.process.pid).children() if "grammar trial" in p.name())
+    server.process.kill()
+    server.process.wait()
+    wait_until_gone([trial])
