@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from nibble.config.resolve import resolve
 from nibble.config.server_args import ServerArgs
 from nibble.controller.async_engine import AsyncEngine
+from nibble.entrypoints.chat_answer import ChatFormats
 from nibble.entrypoints.context import ServerContext
 from nibble.entrypoints.errors import validation_error
 from nibble.entrypoints.native_generation import NativeGeneration
@@ -126,7 +127,7 @@ class Engine:
         except BaseException:
             await engine.stop()
             raise
-        return engine, ServerContext(engine, PromptEncoder(engine.tokenizer), RunningRequests(engine))
+        return engine, ServerContext(engine, PromptEncoder(engine.tokenizer), RunningRequests(engine), ChatFormats())
 
     async def _flush_cache(self) -> None:
         self._engine.flush_cache()

@@ -114,6 +114,8 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
         max_request_bytes=args.max_request_bytes,
         metrics=metrics,
         log_requests_level=args.log_requests_level if args.log_requests else None,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
     )
     server = _HttpServer(
         uvicorn.Config(

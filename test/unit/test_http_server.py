@@ -217,10 +217,10 @@ class SlowTokenizer(Tokenizer):
         super().__init__(byte_level_tokenizer())
         self.released = threading.Event()
 
-    def render_chat_template(self, messages: Any, variables: Any = None) -> str:
+    def render_chat_template(self, messages: Any, variables: Any = None, tools: Any = ()) -> str:
         if len(messages[0]["content"]) > 5000:
             self.released.wait()
-        return super().render_chat_template(messages, variables)
+        return super().render_chat_template(messages, variables, tools)
 
 
 def test_a_long_prompt_does_not_keep_others_waiting():

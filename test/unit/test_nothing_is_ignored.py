@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import nibble
-from fake_engine import BODIES, CHAT, COMPLETIONS, HELLO, Api
+from fake_engine import BODIES, CHAT, COMPLETIONS, HELLO, Api, FakeEngine
 from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import ServerArgs
 from nibble.entrypoints.native_protocol import GenerateRequest, NativeSampling
@@ -18,6 +18,9 @@ from nibble.entrypoints.openai_protocol import ChatCompletionRequest, Completion
 from nibble.entrypoints.request_model import SamplingFields
 
 GENERATE = "/generate"
+ADD = {"type": "function", "function": {"name": "add"}}
+STRICT_ADD = {"type": "function", "function": {"name": "add", "strict": True}}
+THOUGHTS = "<think>Hm, ll.</think>\n\nHello, 世界! 😀 <|im_start|> and so on, and so on, and so on."
 SAMPLING: dict[str, Any] = {
     "temperature": 0.5,
     "top_p": 0.5,
@@ -60,6 +63,10 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "logprobs": {"logprobs": True},
         "top_logprobs": {"logprobs": True, "top_logprobs": 2},
         "chat_template_kwargs": {"chat_template_kwargs": {"enable_thinking": False}},
+        "tools": {"tools": [STRICT_ADD]},
+        "tool_choice": {"tools": [ADD], "tool_choice": "required"},
+        "parallel_tool_calls": {"tools": [ADD], "parallel_tool_calls": False},
+        "separate_reasoning": {"separate_reasoning": False},
     },
     GENERATE: {
         "text": {"text": "Ho"},
@@ -98,7 +105,7 @@ def fields_of(path: str) -> set[str]:
 
 def observed(path: str, changes: dict[str, Any]) -> tuple[list[Any], str]:
     """What the engine and the client get, without what differs from call to call."""
-    api = Api()
+    api = Api(FakeEngine(THOUGHTS) if path == CHAT else None, tool_call_parser="hermes", reasoning_parser="qwen3")
     response = api.post(path, {**BODIES[path], **changes})
     assert response.status_code == 200, response.text
     requests = [dataclasses.replace(request, request_id="") for request in api.engine.requests]

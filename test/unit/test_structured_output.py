@@ -185,7 +185,7 @@ def test_a_grammar_that_is_too_large_or_too_deep_is_refused_before_it_is_compile
 
 def grammar_request(grammar: GrammarState, name: str = "a", prompt: int = 8, max_new_tokens: int = 12) -> Request:
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
-    return Request(NewRequest(1, name, list(range(1, prompt + 1)), sampling, 0, False, 0, 1), grammar)
+    return Request(NewRequest(1, name, list(range(1, prompt + 1)), sampling, 0, False, 0, 1, 0), grammar)
 
 
 def test_a_retracted_request_goes_on_in_its_grammar():

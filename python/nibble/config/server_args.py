@@ -172,6 +172,16 @@ class ServerArgs:
     random_seed: int | None = flag(None, "Seed for requests that bring none. Default: drawn at start.")
 
     # Answers
+    tool_call_parser: str | None = flag(
+        None,
+        "How the model writes function calls. Default: requests with tools are refused.",
+        choices=("qwen25", "qwen", "hermes", "deepseekv3", "deepseekv31"),
+    )
+    reasoning_parser: str | None = flag(
+        None,
+        "How the model tells its thoughts from its answer. Default: they are a part of it.",
+        choices=("deepseek-r1", "deepseek-v3", "qwen3", "qwen3-thinking"),
+    )
     grammar_backend: str = flag(
         "xgrammar",
         "What holds answers to a JSON schema, regex or grammar; none refuses them.",

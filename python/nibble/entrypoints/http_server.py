@@ -7,14 +7,17 @@ from fastapi import FastAPI
 
 from nibble.entrypoints import native_routes, openai_chat, openai_completions, openai_models, server_routes
 from nibble.entrypoints.api_key import ApiKeyMiddleware
+from nibble.entrypoints.chat_answer import ChatFormats
 from nibble.entrypoints.context import ServerContext
 from nibble.entrypoints.engine_protocol import EngineClient
 from nibble.entrypoints.errors import ErrorResponse, install_error_handlers
 from nibble.entrypoints.http_protocol import HeadLimitMiddleware
 from nibble.entrypoints.metrics_route import metrics_router
 from nibble.entrypoints.prompts import PromptEncoder
+from nibble.entrypoints.reasoning import REASONING_FORMATS
 from nibble.entrypoints.request_tracking import RequestTrackingMiddleware
 from nibble.entrypoints.running_requests import RunningRequests
+from nibble.entrypoints.tools.formats import TOOL_CALL_FORMATS
 from nibble.observability.generation_life import GenerationObserver
 from nibble.observability.metrics import EngineMetrics
 from nibble.observability.request_log import RequestLog
@@ -30,10 +33,13 @@ def create_app(
     max_request_bytes: int = MAX_REQUEST_BYTES,
     metrics: EngineMetrics | None = None,
     log_requests_level: int | None = None,
+    tool_call_parser: str | None = None,
+    reasoning_parser: str | None = None,
 ) -> FastAPI:
     """The app. For the keys see `ApiKeyMiddleware`.
 
     With `metrics` there is a route `/metrics`; with `log_requests_level`, 0 to 3, requests are logged.
+    The parsers are names of `TOOL_CALL_FORMATS` and `REASONING_FORMATS`.
     """
     prompts = PromptEncoder(engine.tokenizer)
     request_log = None
@@ -54,7 +60,15 @@ def create_app(
         lifespan=lifespan,
         responses={"default": {"model": ErrorResponse, "description": "What went wrong"}},
     )
-    app.state.context = ServerContext(engine, prompts, RunningRequests(engine, observers))
+    app.state.context = ServerContext(
+        engine,
+        prompts,
+        RunningRequests(engine, observers),
+        ChatFormats(
+            None if tool_call_parser is None else TOOL_CALL_FORMATS[tool_call_parser],
+            None if reasoning_parser is None else REASONING_FORMATS[reasoning_parser],
+        ),
+    )
     app.state.max_request_bytes = max_request_bytes
     install_error_handlers(app)
     for module in (openai_models, openai_completions, openai_chat, native_routes, server_routes):

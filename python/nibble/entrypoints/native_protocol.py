@@ -12,7 +12,7 @@ from nibble.entrypoints.request_model import (
     TextPrompts,
     TokenPrompts,
     is_prompt_list,
-    parsed_schema,
+    parsed_object,
     prompt_list,
 )
 from nibble.sampling_params import SamplingParams
@@ -37,7 +37,10 @@ class NativeSampling(SamplingFields):
     def answer_formats(self) -> dict[str, Format]:
         formats = super().answer_formats()
         if self.json_schema is not None:
-            formats["json_schema"] = json_schema_format(parsed_schema(self.json_schema, "json_schema"))
+            schema = self.json_schema
+            formats["json_schema"] = json_schema_format(
+                schema if isinstance(schema, dict) else parsed_object(schema, "json_schema")
+            )
         return formats
 
     def sampling_params(self, max_new_tokens: int) -> SamplingParams:

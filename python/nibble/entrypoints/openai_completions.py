@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from nibble.entrypoints.choices import (
@@ -63,7 +64,7 @@ class _Completion:
             limit = resolve_max_new_tokens(
                 body.max_tokens, DEFAULT_MAX_TOKENS, len(input_ids), engine.context_length, "max_tokens"
             )
-            sampling = body.sampling_params(limit)
+            sampling = msgspec.structs.replace(body.sampling_params(limit), grammar=body.grammar())
             completion_id: str = self._head["id"]
             prompt_id = completion_id if len(self._prompts) == 1 else f"{completion_id}-{index}"
             choices += choices_of_prompt(engine, completion_id, prompt_id, input_ids, sampling, options, "prompt")

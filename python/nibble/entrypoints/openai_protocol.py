@@ -5,13 +5,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from nibble.entrypoints.logprobs import MAX_TOP_LOGPROBS
-from nibble.entrypoints.request_model import AnyPrompts, FailFastList, RequestModel, SamplingFields, at_most
+from nibble.entrypoints.request_model import (
+    AnyPrompts,
+    FailFastList,
+    RequestModel,
+    SamplingFields,
+    at_most,
+    parsed_object,
+)
 from nibble.sampling_params import SamplingParams
 from nibble.structured_output.grammar import Format, json_schema_format
 from nibble.utils.errors import RequestError
 
 MAX_MESSAGES = 4096
 MAX_TEMPLATE_VARIABLES = 64
+MAX_TOOLS = 128
 
 # The smallest and largest of the 64-bit integers that seeds are.
 _MIN_SEED, _MAX_SEED = -(2**63), 2**63 - 1
@@ -44,14 +52,12 @@ class OpenAISampling(SamplingFields):
     """What completions and chat completions share."""
 
     neutral_values: ClassVar = {
-        "tool_choice": ("none", "auto"),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
     }
     bookkeeping_fields: ClassVar = frozenset(
         {
             "metadata",
-            "parallel_tool_calls",
             "prompt_cache_key",
             "prompt_cache_retention",
             "safety_identifier",
@@ -88,7 +94,10 @@ class OpenAISampling(SamplingFields):
         return self
 
     def sampling_params(self, max_new_tokens: int) -> SamplingParams:
-        """The request's sampling. Raises RequestError when `min_tokens` exceeds the tokens there may be."""
+        """The request's sampling, but for what the answer must look like.
+
+        Raises RequestError when `min_tokens` exceeds the tokens there may be.
+        """
         if self.min_tokens > max_new_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed the tokens to generate ({max_new_tokens})",
@@ -98,7 +107,6 @@ class OpenAISampling(SamplingFields):
             max_new_tokens=max_new_tokens,
             min_new_tokens=self.min_tokens,
             sampling_seed=self.seed,
-            grammar=self.grammar(),
             **self.shared_sampling(),
         )
 
@@ -126,16 +134,93 @@ class TextPart(RequestModel):
     text: str
 
 
-class ChatMessage(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | FailFastList[TextPart]
-    name: str | None = None
+class CalledFunction(RequestModel):
+    name: str
+    arguments: str = Field(description="A JSON object, as text; no text is one without entries.")
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _arguments_are_an_object(self) -> "CalledFunction":
+        parsed_object(self.arguments or "{}", "arguments")
+        return self
+
+
+class ToolCall(RequestModel):
+    """A call that an earlier answer made. `index` numbers it in the deltas of a stream, and may be left in."""
+
+    bookkeeping_fields: ClassVar = frozenset({"index"})
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(RequestModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | FailFastList[TextPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = Field(default=None, description="What the assistant thought before this answer.")
+    tool_calls: list[ToolCall] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
+    tool_call_id: str | None = Field(default=None, description="The call that a message of a tool answers.")
+
+    @model_validator(mode="after")
+    def _fields_fit_the_role(self) -> "ChatMessage":
+        for field, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, field) and self.role != role:
+                raise RequestError(f"{field} goes with the role {role!r}, not {self.role!r}", field)
+        if self.content is None and not self.tool_calls:
+            raise RequestError("content is required", "content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: text parts joined by newlines, "developer" as "system"."""
-        parts = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": parts}
-        return message if self.name is None else {**message, "name": self.name}
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        for field in ("name", "reasoning_content", "tool_call_id"):
+            if (value := getattr(self, field)) is not None:
+                message[field] = value
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {"name": call.function.name, "arguments": call.function.arguments or "{}"},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+class FunctionDefinition(RequestModel):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default={"type": "object", "properties": {}}, description="A JSON schema.")
+    strict: bool = Field(default=False, description="Hold the arguments to their schema.")
+
+
+class Tool(RequestModel):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def for_template(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "function": {
+                "name": self.function.name,
+                "description": self.function.description or "",
+                "parameters": self.function.parameters,
+            },
+        }
+
+
+class NamedFunction(RequestModel):
+    name: str
+
+
+class NamedTool(RequestModel):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 TemplateVariables = Annotated[
@@ -151,6 +236,14 @@ class ChatCompletionRequest(OpenAISampling):
     max_completion_tokens: int | None = Field(default=None, ge=1, description="The rest of the context unless given.")
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = Field(
+        default="auto", description="Whether a function may, can't or must be called, or which one must be."
+    )
+    parallel_tool_calls: bool = Field(default=True, description="Whether one answer may hold several calls.")
+    separate_reasoning: bool = Field(
+        default=True, description="Give what the model thinks as reasoning_content, not as a part of the content."
+    )
     chat_template_kwargs: TemplateVariables = Field(
         default={}, description="Variables for the model's chat template, for example enable_thinking."
     )
@@ -166,3 +259,30 @@ class ChatCompletionRequest(OpenAISampling):
                 "max_tokens",
             )
         return self
+
+    @model_validator(mode="after")
+    def _tools_fit_together(self) -> "ChatCompletionRequest":
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise RequestError("tools must not name two functions alike", "tools")
+        if self.forced_tools is not None:
+            if not self.tools:
+                raise RequestError("tool_choice asks for a call, and there are no tools", "tool_choice")
+            if not self.forced_tools:
+                raise RequestError(f"tool_choice names a function that is not among the tools {names}", "tool_choice")
+            if self.answer_formats():
+                field = next(iter(self.answer_formats()))
+                raise RequestError(f"{field} and a tool_choice that asks for a call exclude each other", field)
+        return self
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def forced_tools(self) -> list[Tool] | None:
+        """The tools of which one must be called, if one must be."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools if tool.function.name == name]
+        return self.tools if self.tool_choice == "required" else None

@@ -44,13 +44,18 @@ class PromptEncoder:
 
         return await self._run(sum(map(len, token_lists)), decode_all)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[int]:
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Token ids of a conversation; see `Tokenizer.apply_chat_template`.
 
         Raises RequestError when it takes longer than the time limit, and ends it.
         """
-        encoding = Interruptible(lambda: self._tokenizer.apply_chat_template(messages, variables))
-        size = sum(len(message["content"]) for message in messages)
+        encoding = Interruptible(lambda: self._tokenizer.apply_chat_template(messages, variables, tools))
+        size = sum(map(_size, [*messages, *tools]))
         threads = self._threads if size > _SHORT_TEXT else self._short_chats
         running = asyncio.get_running_loop().run_in_executor(threads, encoding.run)
         try:
@@ -70,3 +75,12 @@ class PromptEncoder:
         if size <= _SHORT_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _size(content: Any) -> int:
+    """Characters of all texts in a message or a tool."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, Mapping):
+        return sum(map(_size, content.values()))
+    return sum(map(_size, content)) if isinstance(content, list) else 0

@@ -106,16 +106,14 @@ class RequestModel(BaseModel):
         return empty or value in cls.neutral_values.get(name, ())
 
 
-def parsed_schema(schema: str | dict[str, Any], field: str) -> dict[str, Any]:
-    """A JSON schema that may be written as text. Raises RequestError when the text is not that of a JSON object."""
-    if isinstance(schema, dict):
-        return schema
+def parsed_object(text: str, field: str) -> dict[str, Any]:
+    """What is sent as the text of a JSON object. Raises RequestError when it is none."""
     try:
-        parsed = orjson.loads(schema)
+        parsed = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"{field} is not valid JSON: {error}", field) from None
     if not isinstance(parsed, dict):
-        raise RequestError(f"{field} must be the text of a JSON object, got {schema[:80]}", field)
+        raise RequestError(f"{field} must be the text of a JSON object, got {text[:80]}", field)
     return parsed
 
 

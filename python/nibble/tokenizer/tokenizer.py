@@ -1,9 +1,11 @@
 """Text to token ids and back, and the chat template."""
 
 import inspect
+import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from nibble.utils.errors import ConfigError, RequestError
@@ -96,18 +98,25 @@ class Tokenizer:
         return text.encode()
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Token ids of a conversation that the model is to continue as the assistant.
+        """Token ids of a conversation that the model is to continue as the assistant, with `tools` that it may call.
 
-        `variables` are handed to the template (Qwen3's `enable_thinking`, for one). The template is always the
-        checkpoint's own and runs in Jinja's immutable sandbox. Raises RequestError when the model has no chat
+        The arguments of earlier function calls are the texts of JSON objects. `variables` are handed to the template
+        (Qwen3's `enable_thinking`, for one). The template is always the checkpoint's own and runs in Jinja's immutable
+        sandbox. Raises RequestError when the model has no chat
         template, or the template refuses the messages.
         """
-        return self.encode(self.render_chat_template(messages, variables), add_special_tokens=False)
+        return self.encode(self.render_chat_template(messages, variables, tools), add_special_tokens=False)
 
     def render_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The text that `apply_chat_template` encodes."""
         if not self._hf.chat_template:
@@ -116,18 +125,47 @@ class Tokenizer:
             if name in self._reserved_variables:
                 raise RequestError(f"chat_template_kwargs can't set {name!r}", "chat_template_kwargs")
         try:
-            rendered = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **(variables or {}),
-            )
+            return self._render(messages, tools, variables or {})
         # A template is code of the checkpoint run on what the client sent, so any exception may come out of it.
         except Exception as error:
             raise RequestError(
                 f"the model's chat template does not accept these messages: {error}", "messages"
             ) from error
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> str:
+        if any(message.get("tool_calls") for message in messages) and not self._template_wants_arguments_as_text:
+            messages = [_with_argument_objects(message) for message in messages]
+        return self._render_as_it_is(messages, tools, variables)
+
+    def _render_as_it_is(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        rendered = self._hf.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            **(variables or {}),
+        )
         return str(rendered)
+
+    @cached_property
+    def _template_wants_arguments_as_text(self) -> bool:
+        """Of function calls. Other templates want objects, which they write as JSON themselves: it is tried."""
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"probe": 1}}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": ""},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        try:
+            return "{'probe': 1}" in self._render_as_it_is(messages)
+        except Exception:
+            return True
 
     def _check_text(self, text: str) -> None:
         try:
@@ -138,6 +176,14 @@ class Tokenizer:
             ) from None
         if size > self._max_prompt_bytes:
             raise RequestError(f"the prompt has {size} bytes, more than the limit of {self._max_prompt_bytes}")
+
+
+def _with_argument_objects(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else dict(message)
 
 
 def _byte_of_character() -> dict[str, int]:
