@@ -19,6 +19,10 @@ class GenerationRequest:
     """Higher goes first; 0 unless --enable-priority-scheduling."""
     return_logprob: bool = False
     top_logprobs_num: int = 0
+    token_ids_logprob: tuple[int, ...] = ()
+    """Tokens whose log-probability is wanted at every position."""
+    logprob_start_len: int | None = None
+    """From this token of the prompt on, log-probabilities of the prompt are wanted; None: of none of it."""
     update_interval: int = 1
     """Tokens between two snapshots of the output, besides the last."""
 
@@ -38,11 +42,20 @@ class FinishReason:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability of one generated token, and of the likeliest tokens at its position, best first."""
+    """The log-probability of one token, and of others at its position: the likeliest, best first, and those named."""
 
     logprob: float
     token_id: int
     top: tuple[tuple[float, int], ...] = ()
+    named: tuple[tuple[float, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """From some token of the prompt on: that token, and the log-probabilities of those that follow it."""
+
+    first_token_id: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class GenerationOutput:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One entry per generated token when the request asked for logprobs."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """When the request asked for them."""
 
     @property
     def completion_tokens(self) -> int:

@@ -12,6 +12,8 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 128
+MAX_NAMED_TOKENS = 1024
+"""Of `token_ids_logprob`."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("max_new_tokens", lambda v: v >= 1, "must be at least 1"),
+    ("max_new_tokens", lambda v: v >= 0, "must be at least 0"),
     ("min_new_tokens", lambda v: v >= 0, "must be at least 0"),
     ("temperature", lambda v: 0 <= v <= 100, "must be between 0 and 100"),
     ("top_p", lambda v: 0 < v <= 1, "must be greater than 0 and at most 1"),
@@ -73,8 +75,8 @@ def validate_sampling_params(params: SamplingParams, vocab_size: int) -> None:
     if params.sampling_seed is not None and not -(2**63) <= params.sampling_seed < 2**63:
         raise RequestError(f"sampling_seed must fit in 64 bits, got {params.sampling_seed}", "sampling_seed")
     _validate_stops(params)
-    _validate_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
-    _validate_token_ids("logit_bias", tuple(params.logit_bias), vocab_size)
+    validate_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    validate_token_ids("logit_bias", tuple(params.logit_bias), vocab_size)
     if len(params.logit_bias) > MAX_LOGIT_BIAS:
         raise RequestError(
             f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(params.logit_bias)}", "logit_bias"
@@ -95,7 +97,8 @@ def _validate_stops(params: SamplingParams) -> None:
             )
 
 
-def _validate_token_ids(field: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+def validate_token_ids(field: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
+    """Raises RequestError for one outside the vocabulary."""
     for token in token_ids:
         if not 0 <= token < vocab_size:
             raise RequestError(f"{field} holds token {token}, outside the vocabulary (0 to {vocab_size - 1})", field)

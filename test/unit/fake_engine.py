@@ -11,7 +11,7 @@ from starlette.types import Send
 
 from nibble.entrypoints.engine_protocol import EngineState
 from nibble.entrypoints.http_server import create_app
-from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, TokenLogprob
+from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, PromptLogprobs, TokenLogprob
 from nibble.sampling_params import validate_sampling_params
 from nibble.tokenizer.detokenizer import IncrementalDetokenizer
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
@@ -105,6 +105,13 @@ class FakeEngine:
         output = GenerationOutput(
             request.request_id, "", [], len(request.input_ids), 3, request.data_parallel_rank or 0
         )
+        if sampling.max_new_tokens == 0:
+            prompt = self._prompt_logprobs(request)
+            logprobs = () if request.return_logprob else None
+            yield replace(
+                output, finish_reason=FinishReason("length", length=0), logprobs=logprobs, prompt_logprobs=prompt
+            )
+            return
         for token in self._reply(request):
             await asyncio.sleep(0)
             if self.fail_after == len(tokens) and request.request_id.endswith(self.failing_suffix):
@@ -127,6 +134,7 @@ class FakeEngine:
                 output_ids=list(tokens),
                 finish_reason=reason,
                 logprobs=tuple(self._logprob(token, request) for token in tokens) if request.return_logprob else None,
+                prompt_logprobs=self._prompt_logprobs(request),
             )
             yield output
             if reason is not None:
@@ -145,7 +153,14 @@ class FakeEngine:
 
     def _logprob(self, token: int, request: GenerationRequest) -> TokenLogprob:
         top = [(-0.5, token), (float("-inf"), 0), *((-2.0 - i, 1 + i) for i in range(20))]
-        return TokenLogprob(-0.5, token, tuple(top[: request.top_logprobs_num]))
+        named = tuple((-3.0, other) for other in request.token_ids_logprob)
+        return TokenLogprob(-0.5, token, tuple(top[: request.top_logprobs_num]), named)
+
+    def _prompt_logprobs(self, request: GenerationRequest) -> PromptLogprobs | None:
+        if request.logprob_start_len is None:
+            return None
+        first, *others = request.input_ids[request.logprob_start_len :]
+        return PromptLogprobs(first, tuple(self._logprob(token, request) for token in others))
 
 
 def parrot(request: GenerationRequest) -> list[int]:

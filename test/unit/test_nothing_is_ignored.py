@@ -55,6 +55,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "prompt": {"prompt": "Ho"},
         "logprobs": {"logprobs": 1},
         "echo": {"echo": True},
+        "best_of": {"best_of": 2},
     },
     CHAT: {
         **OPENAI,
@@ -74,7 +75,9 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "rid": {"rid": "mine"},
         "stream": {"stream": True},
         "return_logprob": {"return_logprob": True},
+        "logprob_start_len": {"return_logprob": True, "logprob_start_len": 0},
         "top_logprobs_num": {"return_logprob": True, "top_logprobs_num": 2},
+        "token_ids_logprob": {"return_logprob": True, "token_ids_logprob": [5]},
         "return_text_in_logprobs": {"return_logprob": True, "return_text_in_logprobs": True},
         "data_parallel_rank": {"data_parallel_rank": 1},
         "priority": {"priority": 1},
@@ -91,8 +94,6 @@ NATIVE_SAMPLING = {
 CHANGES[GENERATE] |= {f"sampling_params.{name}": {"sampling_params": {name: v}} for name, v in NATIVE_SAMPLING.items()}
 WITHOUT_EFFECT = {
     "model": "one model is served, under any name",
-    "best_of": "accepted only where it says what n says",
-    "logprob_start_len": "accepted only where it asks for nothing",
 }
 
 

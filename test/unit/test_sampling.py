@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.kernels.torch.sampling import filter_logits, gumbel_argmax, uniform
+from nibble.model_executor.logprobs import LogprobsWanted
 from nibble.model_executor.sampler import Sampler, SamplingRow
 from nibble.sampling_params import SamplingParams, validate_sampling_params
 from nibble.utils.errors import RequestError
@@ -15,7 +16,8 @@ EOS = 3
 
 
 def row(seed=1, tokens=(5, 6), prompt_length=2, top_logprobs=None, **sampling) -> SamplingRow:
-    return SamplingRow(SamplingParams(**sampling), seed, list(tokens), prompt_length, top_logprobs)
+    logprobs = None if top_logprobs is None else LogprobsWanted(top_logprobs)
+    return SamplingRow(SamplingParams(**sampling), seed, list(tokens), prompt_length, logprobs)
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int | None]:
@@ -153,7 +155,7 @@ def test_log_probabilities_are_the_models_own(logits):
     ("field", "value"),
     [
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0.0),
-        ("top_p", 1.1), ("top_k", 0), ("top_k", -2), ("min_p", 1.5), ("max_new_tokens", 0), ("n", 0),
+        ("top_p", 1.1), ("top_k", 0), ("top_k", -2), ("min_p", 1.5), ("max_new_tokens", -1), ("n", 0),
         ("frequency_penalty", 2.5), ("presence_penalty", -2.5), ("repetition_penalty", 0.0), ("n", 1000),
         ("min_new_tokens", 999), ("logit_bias", {VOCAB: 1.0}), ("logit_bias", {1: 101.0}),
         ("stop_token_ids", (-1,)), ("stop", ("",)), ("stop", ("x",) * 65), ("sampling_seed", 2**63),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from grammar_cases import EOS, TOKENIZER, VOCAB, begin, compiler, write_vocabulary
 from nibble.ipc.messages import NewRequest
+from nibble.model_executor.logprobs import LogprobsWanted
 from nibble.model_executor.sampler import Sampler, SamplingRow
 from nibble.sampling_params import SamplingParams
 from nibble.scheduler.request import Request
@@ -139,7 +140,9 @@ def test_a_text_goes_before_the_format_where_the_format_says_so():
 
 def test_rows_without_a_grammar_are_left_alone():
     logits = torch.randn(3, VOCAB)
-    rows = [SamplingRow(GREEDY, 0, [], 0, 1, grammar) for grammar in (None, begin(regex_format("x")), None)]
+    rows = [
+        SamplingRow(GREEDY, 0, [], 0, LogprobsWanted(1), grammar) for grammar in (None, begin(regex_format("x")), None)
+    ]
     sampled = SAMPLER.sample(logits.clone(), rows)
     assert [sampled[0].token_id, sampled[2].token_id] == logits[[0, 2]].argmax(dim=1).tolist()
     assert TOKENIZER.decode([sampled[1].token_id]) == "x"

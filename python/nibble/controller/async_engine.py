@@ -244,6 +244,8 @@ class AsyncEngine:
             update_interval=request.update_interval,
             priority=request.priority,
             http_request_id=None if context is None else context.request_id,
+            token_ids_logprob=request.token_ids_logprob,
+            logprob_start_len=request.logprob_start_len,
         )
         for peer in range(self.dp_size):
             self._send(peer, message if peer == rank else Wake(self._sequence))

@@ -3,7 +3,7 @@
 import asyncio
 
 from nibble.controller.load_balancer import Booking
-from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, TokenLogprob
+from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, PromptLogprobs, TokenLogprob
 from nibble.ipc.messages import TokenUpdate
 from nibble.tokenizer.detokenizer import IncrementalDetokenizer
 from nibble.tokenizer.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ class RequestState:
         self._output_ids: list[int] = []
         self._cached_tokens = 0
         self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
         self._news = asyncio.Event()
@@ -40,6 +41,7 @@ class RequestState:
         self._output_ids += update.token_ids
         self._cached_tokens = update.cached_tokens
         self._logprobs += update.logprobs
+        self._prompt_logprobs += tuple(update.prompt_logprobs)
         reason = update.finish_reason
         stopped_by_token = reason is not None and reason.type == "stop"
         stop = self._detokenizer.append(update.token_ids[:-1] if stopped_by_token else update.token_ids)
@@ -69,6 +71,7 @@ class RequestState:
         self._news.clear()
         if self._error is not None and self._finish_reason is None:
             raise self._error
+        start = self.request.logprob_start_len
         return GenerationOutput(
             request_id=self.request.request_id,
             text=self._detokenizer.text,
@@ -78,4 +81,7 @@ class RequestState:
             dp_rank=self.rank,
             finish_reason=self._finish_reason,
             logprobs=tuple(self._logprobs) if self.request.return_logprob else None,
+            prompt_logprobs=(
+                None if start is None else PromptLogprobs(self.request.input_ids[start], self._prompt_logprobs)
+            ),
         )

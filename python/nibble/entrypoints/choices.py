@@ -7,7 +7,7 @@ import msgspec
 
 from nibble.entrypoints.engine_protocol import EngineClient
 from nibble.generation import GenerationRequest
-from nibble.sampling_params import SamplingParams, validate_sampling_params
+from nibble.sampling_params import SamplingParams, validate_sampling_params, validate_token_ids
 from nibble.utils.errors import RequestError
 
 MAX_PRIORITY = 100
@@ -31,6 +31,9 @@ class GenerationOptions:
     return_logprob: bool = False
     top_logprobs_num: int = 0
     priority: int | None = None
+    token_ids_logprob: tuple[int, ...] = ()
+    logprob_start_len: int | None = None
+    """The first token of the prompt that log-probabilities are wanted from; None: of none of it."""
 
 
 def choices_of_prompt(
@@ -50,6 +53,8 @@ def choices_of_prompt(
     _check_rank(options.data_parallel_rank, engine.dp_size)
     _check_priority(options.priority, engine.takes_priorities)
     validate_sampling_params(sampling, engine.vocab_size)
+    validate_token_ids("token_ids_logprob", options.token_ids_logprob, engine.vocab_size)
+    _check_logprob_start(options.logprob_start_len, len(input_ids))
     return [
         Choice(
             client_id,
@@ -61,6 +66,8 @@ def choices_of_prompt(
                 priority=options.priority or 0,
                 return_logprob=options.return_logprob,
                 top_logprobs_num=options.top_logprobs_num,
+                token_ids_logprob=options.token_ids_logprob,
+                logprob_start_len=options.logprob_start_len,
             ),
         )
         for i in range(sampling.n)
@@ -94,7 +101,7 @@ def resolve_max_new_tokens(
     `field` is what the route calls the limit. Raises RequestError when the context has no room for it.
     """
     room = context_length - prompt_tokens
-    if room < 1:
+    if room < (requested != 0):
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens, which leaves no room for an answer in the context of"
             f" {context_length} tokens"
@@ -113,6 +120,14 @@ def resolve_max_new_tokens(
 def _choice_seed(seed: int | None, choice: int) -> int | None:
     # Seeds are 64-bit integers and wrap around like them.
     return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
+
+
+def _check_logprob_start(start: int | None, prompt_tokens: int) -> None:
+    if start is not None and start >= prompt_tokens:
+        raise RequestError(
+            f"logprob_start_len ({start}) must be less than the {prompt_tokens} tokens of the prompt",
+            "logprob_start_len",
+        )
 
 
 def _check_rank(rank: int | None, dp_size: int) -> None:

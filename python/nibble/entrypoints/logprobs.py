@@ -1,10 +1,10 @@
-"""Log-probabilities of generated tokens, in the three forms that clients know."""
+"""Log-probabilities of tokens, in the three forms that clients know."""
 
 import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from nibble.generation import TokenLogprob
+from nibble.generation import PromptLogprobs, TokenLogprob
 from nibble.tokenizer.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 20
@@ -16,19 +16,15 @@ def finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
 
 
-def native_logprobs(tokenizer: Tokenizer | None, logprobs: Sequence[TokenLogprob]) -> list[list[Any]]:
-    """`[logprob, token id, text]` for each token; the text is null without a tokenizer."""
-    return [_native_triple(tokenizer, entry.logprob, entry.token_id) for entry in logprobs]
-
-
-def native_top_logprobs(tokenizer: Tokenizer | None, logprobs: Sequence[TokenLogprob]) -> list[list[list[Any]]]:
-    """For each position, such triples of the likeliest tokens, best first."""
-    return [[_native_triple(tokenizer, logprob, token) for logprob, token in entry.top] for entry in logprobs]
-
-
-def _native_triple(tokenizer: Tokenizer | None, logprob: float, token_id: int) -> list[Any]:
+def native_logprob(tokenizer: Tokenizer | None, logprob: float | None, token_id: int) -> list[Any]:
+    """`[logprob, token id, text]`; the text is null without a tokenizer."""
     text = None if tokenizer is None else tokenizer.token_bytes(token_id).decode(errors="replace")
-    return [finite(logprob), token_id, text]
+    return [None if logprob is None else finite(logprob), token_id, text]
+
+
+def native_logprobs(tokenizer: Tokenizer | None, logprobs: Sequence[tuple[float, int]]) -> list[list[Any]]:
+    """Such triples of several tokens at one position."""
+    return [native_logprob(tokenizer, logprob, token_id) for logprob, token_id in logprobs]
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -58,21 +54,34 @@ class CompletionLogprobs:
         self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._text_offset = text_offset
+        self._has_prompt = False
 
-    def format(self, logprobs: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
-        """Tokens, their logprobs, the likeliest tokens by text (the sampled one included) and where each begins."""
+    def format(self, logprobs: Sequence[TokenLogprob], prompt: PromptLogprobs | None = None) -> dict[str, list[Any]]:
+        """Tokens, their logprobs, the likeliest tokens by text (the one there included) and where each begins.
+
+        The tokens of a `prompt` come first, once; the first of them has no logprob.
+        """
         formatted: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if prompt is not None and not self._has_prompt:
+            self._has_prompt = True
+            self._add(formatted, prompt.first_token_id, None, None)
+            logprobs = [*prompt.logprobs, *logprobs]
         for entry in logprobs:
-            content = self._tokenizer.token_bytes(entry.token_id)
-            token = _token_text(content)
+            token = _token_text(self._tokenizer.token_bytes(entry.token_id))
             likeliest = {_token_text(self._tokenizer.token_bytes(other)): finite(value) for value, other in entry.top}
-            formatted["tokens"].append(token)
-            formatted["token_logprobs"].append(finite(entry.logprob))
-            formatted["top_logprobs"].append(likeliest | {token: finite(entry.logprob)})
-            formatted["text_offset"].append(self._text_offset)
-            if entry.token_id not in self._hidden:
-                self._text_offset += len(self._utf8.decode(content))
+            self._add(formatted, entry.token_id, finite(entry.logprob), likeliest | {token: finite(entry.logprob)})
         return formatted
+
+    def _add(
+        self, formatted: dict[str, list[Any]], token_id: int, logprob: float | None, top: dict[str, float] | None
+    ) -> None:
+        content = self._tokenizer.token_bytes(token_id)
+        formatted["tokens"].append(_token_text(content))
+        formatted["token_logprobs"].append(logprob)
+        formatted["top_logprobs"].append(top)
+        formatted["text_offset"].append(self._text_offset)
+        if token_id not in self._hidden:
+            self._text_offset += len(self._utf8.decode(content))
 
 
 def _token_text(content: bytes) -> str:

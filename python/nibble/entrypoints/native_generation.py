@@ -14,9 +14,9 @@ from nibble.entrypoints.choices import (
     resolve_max_new_tokens,
 )
 from nibble.entrypoints.context import ServerContext
-from nibble.entrypoints.logprobs import native_logprobs, native_top_logprobs
+from nibble.entrypoints.logprobs import native_logprob, native_logprobs
 from nibble.entrypoints.native_protocol import GenerateRequest
-from nibble.generation import GenerationOutput
+from nibble.generation import GenerationOutput, TokenLogprob
 from nibble.observability.request_context import current_request, unique_request_id
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -36,7 +36,14 @@ class NativeGeneration:
         prompts = body.prompts()
         params = [body.sampling_of(index) for index in range(len(prompts))]
         check_num_generations(sum(max(param.n, 1) for param in params))
-        options = GenerationOptions(body.data_parallel_rank, body.return_logprob, body.top_logprobs_num, body.priority)
+        options = GenerationOptions(
+            body.data_parallel_rank,
+            body.return_logprob,
+            body.top_logprobs_num,
+            body.priority,
+            tuple(body.token_ids_logprob),
+            body.logprob_start_len if body.return_logprob and body.logprob_start_len >= 0 else None,
+        )
         shared_id = body.rid if isinstance(body.rid, str) else unique_request_id()
         context = current_request.get()
         if isinstance(body.rid, str) and context is not None:
@@ -81,8 +88,8 @@ class _NativeOutput:
         self._body = body
         self._tokenizer = context.engine.tokenizer if body.return_text_in_logprobs else None
         self._received_at = received_at
-        self._logprobs: list[list[Any]] = []
-        self._top_logprobs: list[list[list[Any]]] = []
+        self._num_formatted = 0
+        self._logprobs: dict[str, list[Any]] = {}
 
     def format(self, output: GenerationOutput) -> dict[str, Any]:
         reason = output.finish_reason
@@ -98,10 +105,35 @@ class _NativeOutput:
         if reason is not None:
             meta_info["finish_reason"] = {name: value for name, value in asdict(reason).items() if value is not None}
         if self._body.return_logprob:
-            new = (output.logprobs or ())[len(self._logprobs) :]
-            self._logprobs += native_logprobs(self._tokenizer, new)
-            meta_info["output_token_logprobs"] = self._logprobs
-            if self._body.top_logprobs_num:
-                self._top_logprobs += native_top_logprobs(self._tokenizer, new)
-                meta_info["output_top_logprobs"] = self._top_logprobs
+            self._add_logprobs(output)
+            meta_info |= self._logprobs
         return {"text": output.text, "output_ids": output.output_ids, "meta_info": meta_info}
+
+    def _add_logprobs(self, output: GenerationOutput) -> None:
+        if not self._logprobs:
+            prompt = output.prompt_logprobs
+            self._logprobs = self._format("input", () if prompt is None else prompt.logprobs)
+            if prompt is not None:
+                self._logprobs["input_token_logprobs"].insert(
+                    0, native_logprob(self._tokenizer, None, prompt.first_token_id)
+                )
+                for name in self._logprobs.keys() - {"input_token_logprobs"}:
+                    self._logprobs[name].insert(0, None)
+            self._logprobs |= self._format("output", ())
+        new = (output.logprobs or ())[self._num_formatted :]
+        for name, values in self._format("output", new).items():
+            self._logprobs[name] += values
+        self._num_formatted += len(new)
+
+    def _format(self, side: str, logprobs: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """What `meta_info` says of tokens of the input or the output."""
+        fields: dict[str, list[Any]] = {
+            f"{side}_token_logprobs": [
+                native_logprob(self._tokenizer, entry.logprob, entry.token_id) for entry in logprobs
+            ]
+        }
+        if self._body.top_logprobs_num:
+            fields[f"{side}_top_logprobs"] = [native_logprobs(self._tokenizer, entry.top) for entry in logprobs]
+        if self._body.token_ids_logprob:
+            fields[f"{side}_token_ids_logprobs"] = [native_logprobs(self._tokenizer, entry.named) for entry in logprobs]
+        return fields

@@ -1,6 +1,6 @@
 """Request bodies of SGLang's native routes and of the tokenizer's."""
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -10,12 +10,13 @@ from nibble.entrypoints.request_model import (
     RequestModel,
     SamplingFields,
     TextPrompts,
+    TokenIds,
     TokenPrompts,
     is_prompt_list,
     parsed_object,
     prompt_list,
 )
-from nibble.sampling_params import SamplingParams
+from nibble.sampling_params import MAX_NAMED_TOKENS, SamplingParams
 from nibble.structured_output.grammar import Format, json_schema_format
 from nibble.utils.errors import RequestError
 
@@ -27,7 +28,7 @@ class NativeSampling(SamplingFields):
 
     neutral_values: ClassVar = {"spaces_between_special_tokens": (True,)}
 
-    max_new_tokens: int | None = Field(default=None, ge=1, description="128 unless given.")
+    max_new_tokens: int | None = Field(default=None, ge=0, description="128 unless given.")
     min_new_tokens: int = 0
     sampling_seed: int | None = None
     json_schema: str | dict[str, Any] | None = Field(
@@ -66,8 +67,13 @@ class GenerateRequest(RequestModel):
     )
     stream: bool = False
     return_logprob: bool = False
-    logprob_start_len: int = Field(default=-1, description="Logprobs of the prompt (from 0 on) are not supported.")
+    logprob_start_len: int = Field(
+        default=-1, ge=-1, description="The prompt's token from which on it has logprobs, too; -1: none of it has."
+    )
     top_logprobs_num: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    token_ids_logprob: Annotated[TokenIds, Field(max_length=MAX_NAMED_TOKENS)] = Field(
+        default=[], description="Tokens whose logprob is given at every position."
+    )
     return_text_in_logprobs: bool = False
     data_parallel_rank: int | None = Field(
         default=None, description="The DP rank to run on; null leaves it to the balancer."
@@ -78,12 +84,6 @@ class GenerateRequest(RequestModel):
     def _features_fit_together(self) -> "GenerateRequest":
         if (self.text is None) == (self.input_ids is None):
             raise RequestError("send either text or input_ids", "text")
-        if self.return_logprob and self.logprob_start_len >= 0:
-            raise RequestError(
-                f"logprob_start_len ({self.logprob_start_len}) asks for logprobs of the prompt, which are not"
-                " supported; -1 gives those of the output",
-                "logprob_start_len",
-            )
         for field in ("sampling_params", "rid"):
             value = getattr(self, field)
             if isinstance(value, list) and (not self.is_batch or len(value) != len(self.prompts())):

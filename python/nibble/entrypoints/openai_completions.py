@@ -51,20 +51,26 @@ class _Completion:
         self._context = context
         self._head = response_head("cmpl", "text_completion", context.engine.served_model_name)
         self._prompts = prompt_list(body.prompt)
+        self._candidates = body.n if body.best_of is None else body.best_of
+        """Generations for each prompt, of which the `n` likeliest are returned."""
 
     async def choices(self) -> list[Choice]:
-        """The generations to run, `n` for each prompt."""
+        """The generations to run, all candidates for each prompt."""
         body, engine = self._body, self._context.engine
-        check_num_generations(len(self._prompts) * body.n)
+        check_num_generations(len(self._prompts) * self._candidates)
         options = GenerationOptions(
-            body.data_parallel_rank, body.logprobs is not None, body.logprobs or 0, body.priority
+            body.data_parallel_rank,
+            body.logprobs is not None or self._candidates > body.n,
+            body.logprobs or 0,
+            body.priority,
+            logprob_start_len=0 if body.echo and body.logprobs is not None else None,
         )
         choices: list[Choice] = []
         for index, input_ids in enumerate(await self._context.prompts.encode(self._prompts)):
             limit = resolve_max_new_tokens(
                 body.max_tokens, DEFAULT_MAX_TOKENS, len(input_ids), engine.context_length, "max_tokens"
             )
-            sampling = msgspec.structs.replace(body.sampling_params(limit), grammar=body.grammar())
+            sampling = msgspec.structs.replace(body.sampling_params(limit), n=self._candidates, grammar=body.grammar())
             completion_id: str = self._head["id"]
             prompt_id = completion_id if len(self._prompts) == 1 else f"{completion_id}-{index}"
             choices += choices_of_prompt(engine, completion_id, prompt_id, input_ids, sampling, options, "prompt")
@@ -82,9 +88,19 @@ class _Completion:
         outputs = await self._context.running.collect(choices)
         formatted = [
             self._choice(i, self._echo(i) + output.text, self._logprobs(), output.logprobs or (), output)
-            for i, output in enumerate(outputs)
+            for i, output in enumerate(self._best(outputs))
         ]
-        return {**self._head, "choices": formatted, "usage": usage(outputs, self._body.n)}
+        return {**self._head, "choices": formatted, "usage": usage(outputs, self._candidates)}
+
+    def _best(self, outputs: Sequence[GenerationOutput]) -> list[GenerationOutput]:
+        """Of each prompt's candidates the likeliest by token."""
+        if self._candidates == self._body.n:
+            return list(outputs)
+        best: list[GenerationOutput] = []
+        for first in range(0, len(outputs), self._candidates):
+            candidates = outputs[first : first + self._candidates]
+            best += sorted(candidates, key=_mean_logprob, reverse=True)[: self._body.n]
+        return best
 
     async def events(self, choices: Sequence[Choice]) -> EventGenerator:
         """The response as server-sent events."""
@@ -120,5 +136,10 @@ class _Completion:
         logprobs: Sequence[TokenLogprob],
         output: GenerationOutput,
     ) -> dict[str, Any]:
-        formatted = None if formatter is None else formatter.format(logprobs)
+        formatted = None if formatter is None else formatter.format(logprobs, output.prompt_logprobs)
         return {"index": index, "text": text, "logprobs": formatted, **finish_fields(output.finish_reason)}
+
+
+def _mean_logprob(output: GenerationOutput) -> float:
+    logprobs = [entry.logprob for entry in output.logprobs or ()]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0

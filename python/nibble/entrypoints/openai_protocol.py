@@ -13,7 +13,7 @@ from nibble.entrypoints.request_model import (
     at_most,
     parsed_object,
 )
-from nibble.sampling_params import SamplingParams
+from nibble.sampling_params import MAX_CHOICES, SamplingParams
 from nibble.structured_output.grammar import Format, json_schema_format
 from nibble.utils.errors import RequestError
 
@@ -115,17 +115,19 @@ class CompletionRequest(OpenAISampling):
     """`POST /v1/completions`."""
 
     prompt: AnyPrompts
-    max_tokens: int | None = Field(default=None, ge=1, description="16 unless given.")
+    max_tokens: int | None = Field(default=None, ge=0, description="16 unless given.")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: bool = Field(default=False, description="Begin the text with the prompt.")
-    best_of: int | None = Field(default=None, description="Accepted when it equals n.")
+    echo: bool = Field(default=False, description="Begin the text, and the logprobs, with the prompt.")
+    best_of: int | None = Field(
+        default=None, le=MAX_CHOICES, description="Generate so many, return the n whose tokens are the likeliest."
+    )
 
     @model_validator(mode="after")
     def _features_fit_together(self) -> "CompletionRequest":
-        if self.best_of not in (None, self.n):
-            raise RequestError(f"best_of ({self.best_of}) other than n ({self.n}) is not supported", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo with logprobs is not supported: prompts have no logprobs here", "echo")
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of ({self.best_of}) must be at least n ({self.n})", "best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise RequestError(f"best_of ({self.best_of}) can't be streamed where it is more than n", "best_of")
         return self
 
 

@@ -21,6 +21,8 @@ class NewRequest(msgspec.Struct, frozen=True, tag=True):
     top_logprobs_num: int
     update_interval: int
     priority: int
+    token_ids_logprob: tuple[int, ...] = ()
+    logprob_start_len: int | None = None
     http_request_id: str | None = None
     """The id of the HTTP request that it belongs to, for the logs."""
 
@@ -87,6 +89,8 @@ class TokenUpdate(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprob]
     cached_tokens: int
     """Tokens of the prompt that were in the prefix cache."""
+    prompt_logprobs: list[TokenLogprob] = []
+    """Those that were wanted; they come with the first token."""
 
 
 class TokenBatch(msgspec.Struct, frozen=True, tag=True):

@@ -1,13 +1,14 @@
 """Chooses the next token of each request from its logits."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from nibble.generation import TokenLogprob
 from nibble.kernels.torch.sampling import argmax, filter_logits, gumbel_argmax
+from nibble.model_executor.logprobs import Logprobs, LogprobsWanted, compute_logprobs
 from nibble.sampling_params import SamplingParams
 from nibble.structured_output.state import GrammarState, mask_logits
 from nibble.utils.transfer import to_device, to_host
@@ -24,8 +25,7 @@ class SamplingRow:
     seed: int
     token_ids: Sequence[int]
     prompt_length: int
-    top_logprobs_num: int | None
-    """None when no log-probabilities are wanted."""
+    logprobs: LogprobsWanted | None
     grammar: GrammarState | None = None
 
     @property
@@ -60,7 +60,8 @@ class Sampler:
         if drawn:
             chosen = to_device(drawn, logits.device)
             tokens[chosen] = _draw(adjusted[chosen], [rows[index] for index in drawn])
-        return SampledBatch(tokens, is_finite, _logprobs(logits, rows, tokens))
+        wanted = {index: row.logprobs for index, row in enumerate(rows) if row.logprobs is not None}
+        return SampledBatch(tokens, is_finite, list(wanted), _logprobs(logits, tokens, wanted))
 
     def _adjust(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         """Logit bias, penalties, the ban on early stops and grammars, for the rows that have any."""
@@ -125,58 +126,34 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Logprobs:
-    """Of the `rows` that want them: of the token sampled `chosen [L]`, and the `best [L, N]` with their `ids [L, N]`,
-    of which row i wants the first `counts[i]`.
-    """
-
-    rows: list[int]
-    counts: list[int]
-    chosen: torch.Tensor
-    best: torch.Tensor
-    ids: torch.Tensor
-
-    def to_host(self) -> "_Logprobs":
-        return replace(self, chosen=to_host(self.chosen), best=to_host(self.best), ids=to_host(self.ids))
-
-    def of_tokens(self, token_ids: Sequence[int]) -> dict[int, TokenLogprob]:
-        """By row."""
-        columns = zip(self.rows, self.counts, self.chosen.tolist(), self.best.tolist(), self.ids.tolist(), strict=True)
-        return {
-            row: TokenLogprob(logprob, token_ids[row], tuple(zip(best[:count], ids[:count], strict=True)))
-            for row, count, logprob, best, ids in columns
-        }
-
-
-@dataclass(frozen=True)
 class SampledBatch:
     """What was sampled for R rows, as tensors that may not have been computed yet."""
 
     token_ids: torch.Tensor  # [R] int64
     is_finite: torch.Tensor  # [R] bool; of the others, `token_ids` means nothing
-    logprobs: _Logprobs | None
+    logprob_rows: Sequence[int]
+    """Those that want log-probabilities."""
+    logprobs: Logprobs | None
 
     def to_host(self) -> "SampledBatch":
         """Copied to the host in the order of the device's work, for which the host must wait before it looks."""
         logprobs = self.logprobs.to_host() if self.logprobs is not None else None
-        return SampledBatch(to_host(self.token_ids), to_host(self.is_finite), logprobs)
+        return SampledBatch(to_host(self.token_ids), to_host(self.is_finite), self.logprob_rows, logprobs)
 
     def tokens(self) -> list[SampledToken]:
         token_ids = self.token_ids.tolist()
-        logprobs = self.logprobs.of_tokens(token_ids) if self.logprobs is not None else {}
+        logprobs: dict[int, TokenLogprob] = {}
+        if self.logprobs is not None:
+            found = self.logprobs.of_tokens([token_ids[row] for row in self.logprob_rows])
+            logprobs = dict(zip(self.logprob_rows, found, strict=True))
         return [
             SampledToken(token, logprobs.get(row)) if ok else SampledToken(None, None)
             for row, (token, ok) in enumerate(zip(token_ids, self.is_finite.tolist(), strict=True))
         ]
 
 
-def _logprobs(logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> _Logprobs | None:
-    wanted = [index for index, row in enumerate(rows) if row.top_logprobs_num is not None]
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, wanted: Mapping[int, LogprobsWanted]) -> Logprobs | None:
     if not wanted:
         return None
-    counts = [rows[index].top_logprobs_num or 0 for index in wanted]
-    index = to_device(wanted, logits.device)
-    logprobs = logits[index].log_softmax(dim=-1)
-    chosen = logprobs.gather(1, tokens[index, None])[:, 0]
-    best, ids = logprobs.topk(max(counts), dim=-1)
-    return _Logprobs(wanted, counts, chosen, best, ids)
+    index = to_device(list(wanted), logits.device)
+    return compute_logprobs(logits[index], tokens[index], list(wanted.values()))

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from nibble.generation import FinishReason
@@ -18,12 +19,13 @@ from nibble.ipc.messages import (
     Wake,
 )
 from nibble.layers.attention.backend import AttentionBatch
-from nibble.model_executor.forward_batch import ForwardBatch
+from nibble.model_executor.forward_batch import ForwardBatch, ScoredToken
 from nibble.model_executor.future_tokens import future_token
 from nibble.model_executor.sampler import SampledToken
 from nibble.model_executor.step_executor import StepExecutor, UnknownTokens
 from nibble.scheduler.dp_sync import DpSync, DpSyncResult
 from nibble.scheduler.prefill_delayer import RankReport
+from nibble.scheduler.prompt_scores import PromptScores
 from nibble.scheduler.rank_statistics import RankStatistics
 from nibble.scheduler.request import Request
 from nibble.scheduler.scheduler import PENDING, ScheduledRequest, Scheduler
@@ -127,7 +129,11 @@ class EventLoop:
             sync.global_num_logit_rows,
         )
         self.scheduler.begin_step(step)
-        return UnfinishedStep(step, tokens)
+        scored = [
+            (entry.request.prompt_scores, entry.request.prompt_scores.begin(entry.start, entry.num_tokens))
+            for entry in _to_score(step)
+        ]
+        return UnfinishedStep(step, tokens, scored)
 
     def _finish_unfinished(self) -> None:
         if self._unfinished is not None:
@@ -140,7 +146,7 @@ class EventLoop:
         self._step_began = now
         return RankReport(
             num_tokens=num_tokens,
-            num_logit_rows=sum([entry.samples for entry in step]),
+            num_logit_rows=sum([entry.samples for entry in step]) + sum(map(_num_scored, _to_score(step))),
             decodes_only=num_tokens == len(step),
             prompt_steps=self.scheduler.prompt_steps,
             num_ready=self.scheduler.num_ready,
@@ -186,6 +192,10 @@ class EventLoop:
     def _finish(self, unfinished: "UnfinishedStep") -> None:
         """Waits for the tokens of a step, books them and tells what there is to tell."""
         sampled = unfinished.tokens.wait()
+        if unfinished.scored:
+            logprobs = iter(unfinished.tokens.prompt_logprobs())
+            for scores, count in unfinished.scored:
+                scores.take(islice(logprobs, count))
         booked = self.scheduler.finish_step(unfinished.step, [token.token_id for token in sampled])
         is_due = self._is_update_due()
         updates = [_update(request, sampled[row], reason, is_due) for row, request, reason in booked]
@@ -206,11 +216,21 @@ class UnfinishedStep(NamedTuple):
 
     step: Sequence[ScheduledRequest]
     tokens: UnknownTokens
+    scored: Sequence[tuple[PromptScores, int]]
+    """How many tokens of which prompts are scored."""
 
     @property
     def must_be_finished_first(self) -> bool:
         """Whether the next step can't be prepared without its tokens."""
         return any(entry.samples and entry.request.needs_last_token for entry in self.step)
+
+
+def _to_score(step: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
+    return [entry for entry in step if not entry.request.prompt_scores.is_complete]
+
+
+def _num_scored(entry: ScheduledRequest) -> int:
+    return len(entry.request.prompt_scores.positions(entry.start, entry.num_tokens))
 
 
 def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
@@ -220,6 +240,7 @@ def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
     input_ids: list[int] = []
     positions: list[int] = []
     logit_rows: list[int] = []
+    scored: list[ScoredToken] = []
     for entry in step:
         request, start, num_tokens, samples = entry
         if num_tokens == 1:
@@ -228,6 +249,12 @@ def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
         else:
             input_ids += request.token_ids[start : start + num_tokens]
         positions += range(start, start + num_tokens)
+        scores = request.prompt_scores
+        if not scores.is_complete:
+            first_row = len(input_ids) - num_tokens
+            for position in scores.positions(start, num_tokens):
+                scored.append(ScoredToken(len(logit_rows), request.token_ids[position + 1], scores.wanted))
+                logit_rows.append(first_row + position - start)
         if samples:
             logit_rows.append(len(input_ids) - 1)
     attention = AttentionBatch(
@@ -235,21 +262,28 @@ def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
         seq_lens=[entry.start + entry.num_tokens for entry in step],
         page_tables=[entry.request.pages for entry in step],
     )
-    return ForwardBatch(input_ids, positions, attention, logit_rows)
+    return ForwardBatch(input_ids, positions, attention, logit_rows, scored)
 
 
 def _update(request: Request, sampled: SampledToken, reason: FinishReason | None, is_due: bool) -> TokenUpdate | None:
     """What is to be told of a request after a step, if anything; `is_due` unless others were told just now."""
-    if sampled.token_id is not None:
+    if request.num_generated and sampled.token_id is not None:
         request.unsent_ids.append(sampled.token_id)
-    if sampled.logprob is not None:
-        request.unsent_logprobs.append(sampled.logprob)
+        if sampled.logprob is not None:
+            request.unsent_logprobs.append(sampled.logprob)
     if reason is not None:
         fields = {**request.log_fields, "finish_reason": reason.type, "tokens": request.num_generated}
         logger.debug("generation finished", extra={"fields": fields})
     elif request.has_told and not (is_due and len(request.unsent_ids) >= request.update_interval):
         return None  # the first token is always told, since clients and metrics measure the time to it
     request.has_told = True
-    update = TokenUpdate(request.request_id, request.unsent_ids, reason, request.unsent_logprobs, request.cached_tokens)
+    update = TokenUpdate(
+        request.request_id,
+        request.unsent_ids,
+        reason,
+        request.unsent_logprobs,
+        request.cached_tokens,
+        request.prompt_scores.hand_over(),
+    )
     request.unsent_ids, request.unsent_logprobs = [], []
     return update

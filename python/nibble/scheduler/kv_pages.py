@@ -26,9 +26,9 @@ class KvPages:
         return self.allocator.num_free + self.cache.num_evictable
 
     def prepare(self, request: Request) -> None:
-        """To be called before a request waits. Its last token is always computed, for the logits that follow it."""
+        """To be called before a request waits."""
         if self._reuse_prefixes:
-            pages = (len(request.token_ids) - 1) // self.page_size
+            pages = request.num_reusable // self.page_size
             request.reusable_tokens = encode_tokens(request.token_ids[: pages * self.page_size])
 
     def match(self, request: Request) -> PrefixMatch:

@@ -3,7 +3,9 @@
 from nibble.generation import FinishReason, TokenLogprob
 from nibble.ipc.messages import NewRequest
 from nibble.kv_cache.radix_cache import Node
+from nibble.model_executor.logprobs import LogprobsWanted
 from nibble.model_executor.sampler import SamplingRow
+from nibble.scheduler.prompt_scores import PromptScores
 from nibble.structured_output.state import GrammarState
 
 
@@ -30,12 +32,13 @@ class Request:
         self.unsent_logprobs: list[TokenLogprob] = []
         self.prompt_length = len(message.input_ids)
         self.token_ids = list(message.input_ids)
+        wanted = LogprobsWanted(message.top_logprobs_num, message.token_ids_logprob)
         self.sampling_row = SamplingRow(
             message.sampling,
             message.seed,
             self.token_ids,
             self.prompt_length,
-            message.top_logprobs_num if message.return_logprob else None,
+            wanted if message.return_logprob else None,
             grammar,
         )
         """How the sampler sees this request, at every step."""
@@ -48,6 +51,7 @@ class Request:
         self.has_ended = False
         self.has_told = False
         """Whether its first token has been sent."""
+        self.prompt_scores = PromptScores(message.logprob_start_len, self.prompt_length, wanted)
         self.num_computed = 0
         self.pages: list[int] = []
         self.num_shared = 0
@@ -67,6 +71,13 @@ class Request:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_reusable(self) -> int:
+        """Tokens at the beginning that need not be computed if their keys and values are cached: those before the
+        last one, whose logits are sampled from, and before those whose logits are still to be scored."""
+        before_last = len(self.token_ids) - 1
+        return before_last if self.prompt_scores.is_complete else min(before_last, self.prompt_scores.next_position)
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
@@ -84,7 +95,9 @@ class Request:
         return self.num_generated >= self.sampling.max_new_tokens or len(self.token_ids) >= context_length
 
     def append(self, token: int, eos_token_ids: frozenset[int], context_length: int) -> FinishReason | None:
-        """Adds a sampled token and says whether it was the last."""
+        """Adds a sampled token, if any is wanted, and says whether it was the last."""
+        if self.sampling.max_new_tokens == 0:
+            return FinishReason("length", length=0)
         self.token_ids.append(token)
         grammar = self.sampling_row.grammar
         if grammar is not None:

@@ -15,6 +15,9 @@ from nibble.scheduler.waiting_queue import WaitingQueue
 PENDING = -1
 """In the place of a token that has been sampled, or will be, and that the host does not know yet."""
 
+MAX_SCORED_TOKENS = 512
+"""In one step, of prompts whose log-probabilities are wanted. A row of logits may take more than half a megabyte."""
+
 
 class ScheduledRequest(NamedTuple):
     """`num_tokens` of the request's tokens go through the model in this step, from `start` on."""
@@ -209,11 +212,18 @@ class Scheduler:
                 waiting=[view for _, view in candidates],
                 available_pages=self.kv.num_available,
                 page_size=page_size,
-                prefill_budget=self.limits.chunked_prefill_size,
+                prefill_budget=self._prefill_budget([*prompts, *(request for request, _ in candidates)]),
                 max_running=len(self.running) + len(self._free_slots),
             )
         )
         return plan, decoding, prompts
+
+    def _prefill_budget(self, prompts: Iterable[Request]) -> int:
+        """Prompt tokens of a step: not many where they are scored, since each takes a row of logits then."""
+        budget = self.limits.chunked_prefill_size
+        return (
+            budget if all(request.prompt_scores.is_complete for request in prompts) else min(budget, MAX_SCORED_TOKENS)
+        )
 
     def _admit(self, request: Request, num_tokens: int) -> ScheduledRequest:
         request.precedence = math.inf if self.waiting.is_overdue(request) else request.priority
