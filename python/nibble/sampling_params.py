@@ -19,7 +19,7 @@ MAX_NAMED_TOKENS = 1024
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """One request's sampling. Temperature 0 is greedy; `top_k` -1 means every token.
 
-    `n`, `stop` and `skip_special_tokens` are about text and are handled where the tokenizer lives; all the
+    `n`, `stop`, `stop_regex` and `skip_special_tokens` are about text and are handled where the tokenizer lives; the
     rest is handled by the rank that runs the request.
     """
 
@@ -37,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     n: int = 1
     grammar: Grammar | None = None
@@ -87,14 +88,16 @@ def validate_sampling_params(params: SamplingParams, vocab_size: int) -> None:
 
 
 def _validate_stops(params: SamplingParams) -> None:
-    for field, stops in (("stop", params.stop), ("stop_token_ids", params.stop_token_ids)):
+    for field in ("stop", "stop_regex", "stop_token_ids"):
+        stops = getattr(params, field)
         if len(stops) > MAX_STOPS:
             raise RequestError(f"{field} takes at most {MAX_STOPS} entries, got {len(stops)}", field)
-    for stop in params.stop:
-        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            raise RequestError(
-                f"stop strings must have between 1 and {MAX_STOP_LENGTH} characters, got {len(stop)}", "stop"
-            )
+    for field, stops in (("stop", params.stop), ("stop_regex", params.stop_regex)):
+        for stop in stops:
+            if not 1 <= len(stop) <= MAX_STOP_LENGTH:
+                raise RequestError(
+                    f"entries of {field} must have between 1 and {MAX_STOP_LENGTH} characters, got {len(stop)}", field
+                )
 
 
 def validate_token_ids(field: str, token_ids: tuple[int, ...], vocab_size: int) -> None:

@@ -12,6 +12,7 @@ from starlette.types import Send
 from nibble.entrypoints.engine_protocol import EngineState
 from nibble.entrypoints.http_server import create_app
 from nibble.generation import FinishReason, GenerationOutput, GenerationRequest, PromptLogprobs, TokenLogprob
+from nibble.ipc.messages import StartProfile
 from nibble.sampling_params import validate_sampling_params
 from nibble.tokenizer.detokenizer import IncrementalDetokenizer
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
@@ -44,6 +45,7 @@ class FakeEngine:
         self.cut_short: list[str] = []
         """Requests whose generator was closed before they had finished."""
         self.num_flushes = 0
+        self.profiles: list[StartProfile] = []
         self.current_state: EngineState = "ready"
         self.hang_after: int | None = None
         """Generate so many tokens, then nothing more."""
@@ -75,6 +77,14 @@ class FakeEngine:
             raise RequestError(f"{len(self._aborted)} requests run or wait")
         self.num_flushes += 1
 
+    def start_profile(self, profile: StartProfile) -> None:
+        self.profiles.append(profile)
+
+    async def stop_profile(self) -> list[str]:
+        if not self.profiles:
+            raise RequestError("no profile was started")
+        return [f"{self.profiles.pop().name}.trace"]
+
     def abort(self, request_id: str) -> None:
         assert request_id, "an empty id must never reach the engine"
         if request_id in self._aborted:
@@ -100,7 +110,9 @@ class FakeEngine:
 
     async def _snapshots(self, request: GenerationRequest) -> AsyncGenerator[GenerationOutput, None]:
         sampling = request.sampling
-        detokenizer = IncrementalDetokenizer(self.tokenizer, sampling.stop, sampling.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(
+            self.tokenizer, sampling.stop, sampling.skip_special_tokens, sampling.stop_regex
+        )
         tokens: list[int] = []
         output = GenerationOutput(
             request.request_id, "", [], len(request.input_ids), 3, request.data_parallel_rank or 0

@@ -119,6 +119,25 @@ def test_an_openai_stream_is_aborted_by_the_id_of_its_chunks(api, path):
     assert json.loads(chunks[-1])["choices"][0]["finish_reason"] == "abort"
 
 
+def test_everything_that_runs_can_be_aborted_at_once(api):
+    async def ask_and_abort() -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+        asking = [
+            asyncio.create_task(conversation(api, "/generate", {"text": "Hi", "rid": rid}, sent)) for rid in ("a", "b")
+        ]
+        await until(lambda: len(api.engine.requests) == 2)
+        async with api.http_client() as client:
+            response = await client.post("/abort_request", json={"abort_all": True})
+            assert response.json() == {"aborted": True}
+        await asyncio.gather(*asking)
+        return [json.loads(message["body"]) for message in sent if message.get("body")]
+
+    api.engine.hang_after = 2
+    answers = api.run(ask_and_abort())
+    assert [answer["meta_info"]["finish_reason"]["type"] for answer in answers] == ["abort"] * 2
+    assert api.result("/abort_request", {"abort_all": True}) == {"aborted": False}
+
+
 def test_one_of_several_ids_aborts_its_own_prompt_only(api):
     async def ask_and_abort() -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []

@@ -98,7 +98,7 @@ def test_every_sampling_field_reaches_the_engine(api):
     api.result("/generate", {"text": "Hi", "sampling_params": fields})
     expected = fields | {"stop": ("a",), "stop_token_ids": (5,), "logit_bias": {3: 1}}
     assert {name: getattr(api.engine.requests[0].sampling, name) for name in fields} == expected
-    elsewhere = {"n", "regex", "ebnf", "json_schema"}
+    elsewhere = {"n", "stop_regex", "regex", "ebnf", "json_schema"}
     assert set(fields) | elsewhere == set(NativeSampling.model_fields), "a field is missing from this test"
 
 

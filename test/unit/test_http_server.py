@@ -271,3 +271,16 @@ def test_the_openapi_schema_describes_every_body(api):
     assert chat["properties"]["temperature"]["default"] == 1.0
     responses = [route["responses"] for methods in schema["paths"].values() for route in methods.values()]
     assert all("default" in response and "422" not in response for response in responses)
+
+
+def test_the_openapi_schema_names_the_errors_of_every_route_as_they_come(api):
+    schema = api.get("/openapi.json").json()
+    for path, methods in schema["paths"].items():
+        for method, operation in methods.items():
+            responses = operation["responses"]
+            assert responses.keys() == {"200", "4XX", "5XX"}, f"{method} {path}"
+            for status in ("4XX", "5XX"):
+                content = responses[status]["content"]["application/json"]["schema"]
+                assert content == {"$ref": "#/components/schemas/ErrorResponse"}
+    sent = api.error("/generate", {})
+    assert sent.keys() == schema["components"]["schemas"]["ErrorDetail"]["properties"].keys()

@@ -31,6 +31,7 @@ SAMPLING: dict[str, Any] = {
     "repetition_penalty": 1.5,
     "logit_bias": {"5": 1},
     "stop": "ll",
+    "stop_regex": "l+",
     "stop_token_ids": [5],
     "ignore_eos": True,
     "skip_special_tokens": False,

@@ -223,6 +223,7 @@ class ServerArgs:
         choices=(0, 1, 2, 3),
     )
     enable_metrics: bool = flag(False, "Serve metrics for Prometheus at /metrics.")
+    profiler_dir: str = flag("profiles", "Folder in which /start_profile may write traces.")
 
 
 GROUPS = {

@@ -29,9 +29,12 @@ from nibble.ipc.messages import (
     FromRank,
     GrammarCompiled,
     NewRequest,
+    ProfileWritten,
     RankFailed,
     RankReady,
     RankStage,
+    StartProfile,
+    StopProfile,
     TokenBatch,
     ToRank,
     Wake,
@@ -82,6 +85,8 @@ class AsyncEngine:
         self._requests: dict[str, RequestState] = {}
         self._balancer = _load_balancer(config)
         self._sequence = 0
+        self._profiles: asyncio.Queue[ProfileWritten] | None = None
+        """Where ranks answer, while a profile is being written."""
         self._seeds = random.Random(config.random_seed)
         self._supervisor: Supervisor | None = None  # until start
         self._watching: asyncio.Task[None] | None = None  # until ready
@@ -220,6 +225,38 @@ class AsyncEngine:
         self._balancer.forget_prefixes()
         self._send_to_all(FlushCache())
 
+    def start_profile(self, profile: StartProfile) -> None:
+        """Every rank records what it does, into a folder inside --profiler-dir. Raises RequestError for another."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if "GPU" in profile.activities and self.config.device == "cpu":
+            raise RequestError("activities can't have GPU: this engine runs on the CPU", "activities")
+        allowed = Path(self.config.args.profiler_dir).resolve()
+        folder = (allowed / profile.folder).resolve()
+        if not folder.is_relative_to(allowed):
+            message = f"output_dir ({profile.folder}) must be inside {allowed}, which --profiler-dir sets"
+            raise RequestError(message, "output_dir")
+        self._send_to_all(msgspec.structs.replace(profile, folder=str(folder)))
+
+    async def stop_profile(self) -> list[str]:
+        """Ends it, on all ranks, and returns where their traces are. Raises RequestError when there are none."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if self._profiles is not None:
+            raise RequestError("the profile is being written already")
+        profiles: asyncio.Queue[ProfileWritten] = asyncio.Queue()
+        self._profiles = profiles
+        self._send_to_all(StopProfile())
+        try:
+            written = [await profiles.get() for _ in range(self.config.parallel.world_size)]
+        finally:
+            self._profiles = None
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if errors := [profile.error for profile in written if profile.error is not None]:
+            raise RequestError(errors[0])
+        return sorted(profile.path for profile in written if profile.path is not None)
+
     def _register(self, request: GenerationRequest) -> RequestState:
         self._check(request)
         self._check_capacity()
@@ -322,6 +359,9 @@ class AsyncEngine:
                         state.update(update)
             case GrammarCompiled():
                 self._grammars.on_compiled(message)
+            case ProfileWritten():
+                if self._profiles is not None:
+                    self._profiles.put_nowait(message)
             case RankStats():
                 self.on_rank_stats(message)
             case RankStage():
@@ -366,6 +406,9 @@ class AsyncEngine:
         if self._death is not None:
             return
         self._death, self._state = reason, "dead"
+        if self._profiles is not None:
+            for rank in range(self.config.parallel.world_size):
+                self._profiles.put_nowait(ProfileWritten(rank, None, reason))
         self._ready.set()
         for state in self._requests.values():
             state.fail(EngineDeadError(reason))

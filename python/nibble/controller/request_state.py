@@ -7,6 +7,7 @@ from nibble.generation import FinishReason, GenerationOutput, GenerationRequest,
 from nibble.ipc.messages import TokenUpdate
 from nibble.tokenizer.detokenizer import IncrementalDetokenizer
 from nibble.tokenizer.tokenizer import Tokenizer
+from nibble.utils.errors import RequestError
 
 
 class RequestState:
@@ -18,7 +19,7 @@ class RequestState:
         self.rank = booking.rank
         self.rank_has_finished = False
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, request.sampling.stop, request.sampling.skip_special_tokens
+            tokenizer, request.sampling.stop, request.sampling.skip_special_tokens, request.sampling.stop_regex
         )
         self._output_ids: list[int] = []
         self._cached_tokens = 0
@@ -34,10 +35,16 @@ class RequestState:
         return self._finish_reason is not None or self._error is not None
 
     def update(self, update: TokenUpdate) -> None:
-        """Takes what the rank produced; nothing more after a stop string has matched."""
+        """Takes what the rank produced; nothing more after a stop string has matched, or looking for one failed."""
         self.rank_has_finished = update.finish_reason is not None
-        if self._finish_reason is not None:
+        if self.has_ended:
             return
+        try:
+            self._take(update)
+        except RequestError as error:
+            self.fail(error)
+
+    def _take(self, update: TokenUpdate) -> None:
         self._output_ids += update.token_ids
         self._cached_tokens = update.cached_tokens
         self._logprobs += update.logprobs

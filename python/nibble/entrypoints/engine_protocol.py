@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Literal, Protocol
 
 from nibble.generation import GenerationOutput, GenerationRequest
+from nibble.ipc.messages import StartProfile
 from nibble.tokenizer.tokenizer import Tokenizer
 
 EngineState = Literal["starting", "ready", "draining", "dead"]
@@ -44,6 +45,14 @@ class EngineClient(Protocol):
 
     def flush_cache(self) -> None:
         """Forgets all cached prefixes. Raises RequestError while any request runs or waits, or EngineDeadError."""
+        ...
+
+    def start_profile(self, profile: StartProfile) -> None:
+        """Records what all ranks do. Raises RequestError for a folder or an activity that can't be."""
+        ...
+
+    async def stop_profile(self) -> list[str]:
+        """Ends it and returns the files of the ranks' traces. Raises RequestError when there are none."""
         ...
 
     def abort(self, request_id: str) -> None:

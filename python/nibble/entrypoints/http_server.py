@@ -5,7 +5,14 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from nibble.entrypoints import native_routes, openai_chat, openai_completions, openai_models, server_routes
+from nibble.entrypoints import (
+    native_routes,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    profile_routes,
+    server_routes,
+)
 from nibble.entrypoints.api_key import ApiKeyMiddleware
 from nibble.entrypoints.chat_answer import ChatFormats
 from nibble.entrypoints.context import ServerContext
@@ -58,7 +65,10 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
-        responses={"default": {"model": ErrorResponse, "description": "What went wrong"}},
+        responses={
+            "4XX": {"model": ErrorResponse, "description": "What is wrong with the request"},
+            "5XX": {"model": ErrorResponse, "description": "Why the server can't answer now, or failed"},
+        },
     )
     app.state.context = ServerContext(
         engine,
@@ -71,7 +81,7 @@ def create_app(
     )
     app.state.max_request_bytes = max_request_bytes
     install_error_handlers(app)
-    for module in (openai_models, openai_completions, openai_chat, native_routes, server_routes):
+    for module in (openai_models, openai_completions, openai_chat, native_routes, server_routes, profile_routes):
         app.include_router(module.router)
     if metrics is not None:
         app.include_router(metrics_router(metrics))

@@ -122,7 +122,14 @@ class GenerateRequest(RequestModel):
 class AbortRequest(RequestModel):
     """`POST /abort_request`."""
 
-    rid: str = Field(min_length=1, description="The rid of a native request, or the id of an OpenAI response.")
+    rid: str = Field(default="", description="The rid of a native request, or the id of an OpenAI response.")
+    abort_all: bool = Field(default=False, description="Abort everything that runs or waits.")
+
+    @model_validator(mode="after")
+    def _something_is_named(self) -> "AbortRequest":
+        if bool(self.rid) == self.abort_all:
+            raise RequestError("send either rid or abort_all", "rid")
+        return self
 
 
 class TokenizeRequest(RequestModel):

@@ -45,8 +45,9 @@ async def _events(snapshots: AsyncGenerator[dict[str, Any], None]) -> EventGener
 
 @router.post("/abort_request")
 async def abort_request(body: AbortRequest, request: Request) -> Response:
-    """Aborts one running request. It is no error if it has ended already, which is always possible."""
-    return json_response({"aborted": context_of(request).running.abort(body.rid)})
+    """Aborts one request, or all. It is no error if it has ended already, which is always possible."""
+    running = context_of(request).running
+    return json_response({"aborted": running.abort_all() if body.abort_all else running.abort(body.rid)})
 
 
 @router.post("/v1/tokenize")

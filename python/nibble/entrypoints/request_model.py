@@ -142,6 +142,9 @@ class SamplingFields(RequestModel):
     repetition_penalty: float = 1.0
     logit_bias: LogitBias = Field(default={}, description="Added to the logits, by token id.")
     stop: str | FailFastList[str] = Field(default=[], description="Strings that end the text; they are not part of it.")
+    stop_regex: str | FailFastList[str] = Field(
+        default=[], description="Regular expressions that end the text likewise."
+    )
     stop_token_ids: TokenIds = []
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -172,6 +175,7 @@ class SamplingFields(RequestModel):
     def shared_sampling(self) -> dict[str, Any]:
         """These fields as arguments of `SamplingParams`."""
         fields = {name: getattr(self, name) for name in SamplingFields.model_fields.keys() - {"regex", "ebnf"}}
-        fields["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for name in ("stop", "stop_regex"):
+            fields[name] = (fields[name],) if isinstance(fields[name], str) else tuple(fields[name])
         fields["stop_token_ids"] = tuple(self.stop_token_ids)
         return fields

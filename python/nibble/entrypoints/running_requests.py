@@ -33,6 +33,13 @@ class RunningRequests:
         self._observers = observers
         self._running: dict[str, _Running] = {}
 
+    def abort_all(self) -> bool:
+        """Aborts every generation; false when there is none."""
+        client_ids = list(self._running)
+        for client_id in client_ids:
+            self.abort(client_id)
+        return bool(client_ids)
+
     def abort(self, client_id: str) -> bool:
         """Aborts the generations of one id; false when there is none (any more)."""
         running = self._running.get(client_id)
@@ -86,7 +93,7 @@ class RunningRequests:
 
 def _reporting_rarely(choice: Choice) -> Choice:
     """For a client that sees no snapshot but the last. Stop strings are found in the snapshots, so they need all."""
-    if choice.generation.sampling.stop:
+    if choice.generation.sampling.stop or choice.generation.sampling.stop_regex:
         return choice
     return replace(choice, generation=replace(choice.generation, update_interval=_RARE_UPDATES))
 

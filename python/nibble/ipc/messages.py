@@ -52,6 +52,21 @@ class ForgetGrammar(msgspec.Struct, frozen=True, tag=True):
     key: str
 
 
+class StartProfile(msgspec.Struct, frozen=True, tag=True):
+    """To every rank: record what it does, from its next step on, until StopProfile or for `num_steps` steps."""
+
+    folder: str
+    name: str
+    num_steps: int | None
+    activities: tuple[str, ...]
+    with_stack: bool
+    record_shapes: bool
+
+
+class StopProfile(msgspec.Struct, frozen=True, tag=True):
+    """To every rank, which answers with ProfileWritten."""
+
+
 class RankStage(msgspec.Struct, frozen=True, tag=True):
     """What a starting rank is doing, so that a start that hangs can say where."""
 
@@ -80,6 +95,14 @@ class GrammarCompiled(msgspec.Struct, frozen=True, tag=True):
     error: str | None
 
 
+class ProfileWritten(msgspec.Struct, frozen=True, tag=True):
+    """`path` is where a rank's trace is; `error` says why there is none."""
+
+    rank: int
+    path: str | None
+    error: str | None
+
+
 class TokenUpdate(msgspec.Struct, frozen=True):
     """News of one request: tokens since the last update, and how it ended if it did."""
 
@@ -100,8 +123,8 @@ class TokenBatch(msgspec.Struct, frozen=True, tag=True):
     updates: list[TokenUpdate]
 
 
-ToRank = NewRequest | Wake | AbortRequest | FlushCache | CompileGrammar | ForgetGrammar
-FromRank = RankStage | RankReady | RankFailed | TokenBatch | RankStats | GrammarCompiled
+ToRank = NewRequest | Wake | AbortRequest | FlushCache | CompileGrammar | ForgetGrammar | StartProfile | StopProfile
+FromRank = RankStage | RankReady | RankFailed | TokenBatch | RankStats | GrammarCompiled | ProfileWritten
 
 
 def rank_address(run_dir: Path, rank: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from nibble.generation import FinishReason
 from nibble.ipc.messages import (
     AbortRequest,
@@ -13,6 +15,8 @@ from nibble.ipc.messages import (
     FlushCache,
     ForgetGrammar,
     NewRequest,
+    StartProfile,
+    StopProfile,
     TokenBatch,
     TokenUpdate,
     ToRank,
@@ -23,6 +27,7 @@ from nibble.model_executor.forward_batch import ForwardBatch, ScoredToken
 from nibble.model_executor.future_tokens import future_token
 from nibble.model_executor.sampler import SampledToken
 from nibble.model_executor.step_executor import StepExecutor, UnknownTokens
+from nibble.observability.rank_profiler import RankProfiler
 from nibble.scheduler.dp_sync import DpSync, DpSyncResult
 from nibble.scheduler.prefill_delayer import RankReport
 from nibble.scheduler.prompt_scores import PromptScores
@@ -53,6 +58,7 @@ class EventLoop:
         statistics: RankStatistics | None = None,
         overlaps: bool = False,
         stream_period: float = 0.0,
+        profiler: RankProfiler | None = None,
     ) -> None:
         """With `overlaps` a step is prepared and launched while the one before it still runs.
 
@@ -69,6 +75,7 @@ class EventLoop:
         self.overlaps = overlaps
         self.stream_period = stream_period
         self._updated_at = 0.0
+        self.profiler = profiler
         self.sequence = 0
         self.may_sleep = True
         self.may_admit = True
@@ -102,6 +109,8 @@ class EventLoop:
             self._finish(last)
         if not self.overlaps:
             self._finish_unfinished()
+        if self.profiler is not None and sync.runs:
+            self.profiler.step()
         self.may_sleep = sync.may_sleep
         if self.statistics is not None:
             self.statistics.report(self.scheduler, sleeps=self.may_sleep)
@@ -173,6 +182,10 @@ class EventLoop:
                 self.grammars.compile(key, structural_tag)
             case ForgetGrammar(key):
                 self.grammars.forget(key)
+            case StartProfile() if self.profiler is not None:
+                self.profiler.start(**msgspec.structs.asdict(message))
+            case StopProfile() if self.profiler is not None:
+                self.profiler.stop()
 
     def _new_request(self, message: NewRequest) -> Request:
         grammar = message.sampling.grammar

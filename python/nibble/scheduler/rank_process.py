@@ -19,13 +19,14 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.communicator import CollectiveError
 from nibble.distributed.parallel_state import initialize_parallel
-from nibble.ipc.messages import GrammarCompiled, RankFailed, RankReady, RankStage, vocabulary_path
+from nibble.ipc.messages import GrammarCompiled, ProfileWritten, RankFailed, RankReady, RankStage, vocabulary_path
 from nibble.ipc.progress import ProgressBoard
 from nibble.kernels.select import select_kernels
 from nibble.model_executor.model_runner import ModelRunner
 from nibble.model_executor.sampler import Sampler
 from nibble.model_executor.step_executor import StepExecutor
 from nibble.observability.logging import configure_logging
+from nibble.observability.rank_profiler import RankProfiler
 from nibble.scheduler.dp_sync import DpSync
 from nibble.scheduler.event_loop import EventLoop
 from nibble.scheduler.fault_injection import FaultInjection
@@ -105,6 +106,7 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
         statistics,
         config.overlap_schedule,
         config.args.stream_period,
+        RankProfiler(rank, lambda path, error: sockets.send(ProfileWritten(rank, path, error))),
     )
     gc.collect()
     gc.freeze()  # the model stays; collecting garbage need not look at it again

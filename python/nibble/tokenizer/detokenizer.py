@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from nibble.tokenizer.stop_regex import StopRegexMatcher
+
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
 """Bytes of the longest UTF-8 character; every token stands for one byte or more."""
@@ -24,15 +26,22 @@ class IncrementalDetokenizer:
     completed. Once a stop string has matched, the text ends before it and further tokens are ignored.
 
     Among several stop strings the one that is completed first wins, whichever way the text is cut into tokens; of
-    those completed by the same character, the longest.
+    those completed by the same character, the longest. Stop regexes see what the stop strings let pass.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        stop_regex: Sequence[str] = (),
+    ) -> None:
         self.matched_stop: str | None = None
         self.num_tokens = 0
         """Tokens consumed; after a match, up to and including the one that completed the stop string."""
         self._characters = _CharacterStream(tokenizer, skip_special_tokens)
         self._stops = _StopMatcher(stop) if stop else None
+        self._regexes = StopRegexMatcher(stop_regex) if stop_regex else None
         self._pieces: list[str] = []
 
     @property
@@ -56,12 +65,24 @@ class IncrementalDetokenizer:
         if self.matched_stop is None:
             self._release(self._characters.flush())
         if self.matched_stop is None and self._stops is not None:
-            self._pieces.append(self._stops.flush())
+            self._show(self._stops.flush())
+        if self.matched_stop is None and self._regexes is not None:
+            self._pieces.append(self._regexes.flush())
         return self.matched_stop
 
     def _release(self, new_text: str) -> None:
+        stop = None
         if self._stops is not None:
-            new_text, self.matched_stop = self._stops.push(new_text)
+            new_text, stop = self._stops.push(new_text)
+        self._show(new_text)
+        if stop is not None and self.matched_stop is None:
+            self.matched_stop = stop
+            if self._regexes is not None:
+                self._pieces.append(self._regexes.flush())
+
+    def _show(self, new_text: str) -> None:
+        if self._regexes is not None:
+            new_text, self.matched_stop = self._regexes.push(new_text)
         if new_text:
             self._pieces.append(new_text)
 

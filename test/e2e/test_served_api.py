@@ -1,9 +1,11 @@
-"""Structured output of the demo model, through the official client: what comes is what was asked for."""
+"""Structured output, function calls and profiles of the served demo model, through the official client."""
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Literal
 
 import openai
@@ -26,7 +28,9 @@ class Sum(BaseModel):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    with launch(tmp_path_factory.mktemp("grammars") / "log", *parallel_flags(2)) as server:
+    folder = tmp_path_factory.mktemp("server")
+    flags = [*parallel_flags(2), "--tool-call-parser", "hermes", "--profiler-dir", str(folder / "profiles")]
+    with launch(folder / "log", *flags) as server:
         yield server
 
 
@@ -83,6 +87,52 @@ def test_a_grammar_that_can_not_be_compiled_is_a_400_that_names_the_field(client
     with pytest.raises(openai.BadRequestError, match="nothing") as caught:
         ask(client, response_format=schema, stream=True)
     assert caught.value.body["param"] == "response_format"
+
+
+def test_a_function_that_must_be_called_is_called_with_arguments_that_fit(client):
+    function = {"name": "add", "parameters": Sum.model_json_schema()}
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        tools=[{"type": "function", "function": function}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=600,
+        temperature=0,
+    )
+    (choice,) = answer.choices
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content, call.function.name) == ("tool_calls", None, "add")
+    Sum.model_validate_json(call.function.arguments)
+
+
+@pytest.mark.parametrize("num_steps", [None, 2])
+def test_a_profile_has_a_trace_for_each_rank(server, num_steps):
+    body = {"output_dir": "mine", "profile_id": f"p{num_steps}", "num_steps": num_steps, "record_shapes": True}
+    assert server.client.post("/start_profile", json=body).status_code == 200
+    server.generate(text="What is", sampling_params={"max_new_tokens": 4, "ignore_eos": True})
+    traces = server.client.post("/stop_profile").json()["traces"]
+    assert [Path(trace).name for trace in traces] == [f"p{num_steps}-rank-{rank}.trace.json.gz" for rank in (0, 1)]
+    for trace in traces:
+        with gzip.open(trace) as file:
+            events = json.load(file)["traceEvents"]
+        assert any(event["name"].startswith("aten::") for event in events)
+    again = server.client.post("/stop_profile")
+    assert (again.status_code, again.json()["error"]["message"]) == (400, "no profile was started")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("output_dir", "../elsewhere", "must be inside"),
+        ("output_dir", "/tmp", "must be inside"),
+        ("activities", ["GPU"], "CPU"),
+    ],
+)
+def test_a_profile_that_can_not_be_is_refused(server, field, value, message):
+    answer = server.client.post("/start_profile", json={field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert message in answer.json()["error"]["message"]
 
 
 def test_one_process_has_compiled_on_trial_and_it_ends_with_the_server(server, client):
