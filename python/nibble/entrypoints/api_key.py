@@ -7,8 +7,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nibble.entrypoints.errors import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What load balancers and orchestrators probe; no key is ever needed."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/"})
+"""What load balancers and orchestrators probe, and the playground's page; no key is ever needed."""
 
 ADMIN_PATHS = frozenset(
     {

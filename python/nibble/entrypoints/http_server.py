@@ -10,6 +10,7 @@ from nibble.entrypoints import (
     openai_chat,
     openai_completions,
     openai_models,
+    playground_route,
     profile_routes,
     server_routes,
 )
@@ -81,7 +82,15 @@ def create_app(
     )
     app.state.max_request_bytes = max_request_bytes
     install_error_handlers(app)
-    for module in (openai_models, openai_completions, openai_chat, native_routes, server_routes, profile_routes):
+    for module in (
+        openai_models,
+        openai_completions,
+        openai_chat,
+        native_routes,
+        server_routes,
+        profile_routes,
+        playground_route,
+    ):
         app.include_router(module.router)
     if metrics is not None:
         app.include_router(metrics_router(metrics))
