@@ -55,7 +55,9 @@ class NativeSampling(SamplingFields):
 
 
 class GenerateRequest(RequestModel):
-    """`POST /generate`."""
+    """`POST /generate`. Every chunk of a stream has the usage, which is what `stream_options` ask for elsewhere."""
+
+    neutral_values: ClassVar = {"stream_options": ({"include_usage": True},)}
 
     text: TextPrompts | None = Field(default=None, description="A prompt or a list of them; or else input_ids.")
     input_ids: TokenPrompts | None = None

@@ -157,6 +157,8 @@ class ToolCall(RequestModel):
 
 
 class ChatMessage(RequestModel):
+    neutral_values: ClassVar = {"type": ("text", "message")}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | FailFastList[TextPart] | None = None
     name: str | None = None
