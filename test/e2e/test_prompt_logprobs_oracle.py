@@ -50,17 +50,11 @@ def check(output: dict, prompt: list[int], start: int, logprobs: torch.Tensor) -
     assert generated[0] == pytest.approx(float(logprobs[-1, generated[1]]), abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"chunked_prefill_size": 7, "page_size": 4},
-        {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True},
-    ],
-    ids=["chunks", "two ranks"],
-)
-def test_prompts_are_scored_as_in_double_precision_computed_or_cached(bf16_checkpoint, prompts, oracle, flags):
+def test_prompts_are_scored_as_in_double_precision_computed_or_cached(bf16_checkpoint, prompts, oracle):
+    ranks = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}
+    chunks = {"chunked_prefill_size": 7, "page_size": 4}
     with nibble.Engine(
-        model_path=str(bf16_checkpoint), kv_cache_dtype="float32", log_level="warning", **flags
+        model_path=str(bf16_checkpoint), kv_cache_dtype="float32", log_level="warning", **ranks, **chunks
     ) as engine:
         for start in (0, 20):
             asked = [

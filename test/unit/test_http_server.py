@@ -117,7 +117,7 @@ def test_the_cache_is_flushed_only_when_the_engine_is_ready(api, state):
 # Errors of HTTP itself
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/models/", "/v1/completions/", "/docs", "/generate/../x", "/%ff"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/models/", "/v1/completions/", "/docs", "/generate/../x", "/%ff"])
 def test_unknown_paths_are_404_in_the_usual_form(api, path):
     response = api.get(path)
     assert response.status_code == 404

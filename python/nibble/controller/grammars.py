@@ -71,7 +71,7 @@ class Grammars:
         for _, outcome in self._compiling.values():
             if not outcome.done():
                 outcome.set_result(None)
-        self._trial.kill()
+        self._trial.close()
 
     async def stop(self) -> None:
         """To be called after `fail`; returns when the process is gone."""
@@ -116,9 +116,12 @@ class _Trial:
         )
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._is_closed = False
 
     async def compile(self, structural_tag: str) -> TrialResult:
         async with self._turn:
+            if self._is_closed:
+                return TrialResult("the engine has ended")
             try:
                 if self._process is None:
                     await self._start()
@@ -130,13 +133,18 @@ class _Trial:
             await self.stop()
             return TrialResult(reason)
 
-    def kill(self) -> None:
+    def close(self) -> None:
+        """No more processes; what is being compiled ends."""
+        self._is_closed = True
+        self._kill()
+
+    def _kill(self) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     async def stop(self) -> None:
-        self.kill()
+        self._kill()
         if self._process is not None:
             await self._process.wait()
             self._process = None
