@@ -46,6 +46,8 @@ def main() -> None:
     die_with_parent_thread()
     os.nice(10)  # requests that run come first
     setproctitle.setproctitle("nibble grammar trial")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=TrialSetup)
     tokenizer = Tokenizer.from_pretrained(setup.tokenizer_folder, setup.trust_remote_code)
     token_bytes = [
@@ -59,18 +61,18 @@ def main() -> None:
     compiler = GrammarCompiler(vocabulary)
     loaded = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (loaded + _MEMORY_LIMIT, loaded + _MEMORY_LIMIT))
-    _answer(TrialResult())
+    answers.write(_line(TrialResult()))
     for line in sys.stdin.buffer:
         try:
             compiled = compiler.compile(msgspec.json.decode(line, type=TrialGrammar).structural_tag)
-            _answer(TrialResult(num_bytes=compiled.memory_size_bytes))
+            result = TrialResult(num_bytes=compiled.memory_size_bytes)
         except GrammarError as error:
-            _answer(TrialResult(str(error)))
+            result = TrialResult(str(error))
+        answers.write(_line(result))
 
 
-def _answer(result: TrialResult) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
-    sys.stdout.buffer.flush()
+def _line(result: TrialResult) -> bytes:
+    return msgspec.json.encode(result) + b"\n"
 
 
 if __name__ == "__main__":
