@@ -148,6 +148,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 
 
 def test_a_template_that_never_ends_is_ended_and_its_thread_serves_others():
+    others = set(threading.enumerate())
     encoder = PromptEncoder(Tokenizer(byte_level_tokenizer(ENDLESS)), template_timeout_s=0.05)
 
     async def render() -> None:
@@ -158,7 +159,7 @@ def test_a_template_that_never_ends_is_ended_and_its_thread_serves_others():
     started = time.monotonic()
     asyncio.run(render())
     encoder.close()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - others:
         if thread.name.startswith(("chat-template", "prompt-encoder")):
             thread.join(10)
             assert not thread.is_alive()
@@ -169,9 +170,9 @@ def test_no_template_runs_on_the_event_loop():
     threads = []
 
     class Recording(Tokenizer):
-        def render_chat_template(self, messages: Any, variables: Any = None) -> str:
+        def render_chat_template(self, messages: Any, variables: Any = None, tools: Any = ()) -> str:
             threads.append(threading.current_thread())
-            return super().render_chat_template(messages, variables)
+            return super().render_chat_template(messages, variables, tools)
 
     encoder = PromptEncoder(Recording(byte_level_tokenizer()))
     asyncio.run(encoder.encode_chat(HELLO, {}))
