@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nibble.config.resolve import EngineConfig, resolve
@@ -80,6 +81,10 @@ def test_the_life_of_grammars(tmp_path, monkeypatch):
         forgotten = [message.key for message in ranks.sent if isinstance(message, ForgetGrammar)]
         assert forgotten == [regex(pattern).key for pattern in ("ab", "(a", TOO_SLOW)]
         assert len(ranks.sent) == 1 + 3 + 1
+
+        psutil.Process().children()[0].kill()
+        await asyncio.sleep(0.1)
+        assert await ranks.prepare("cd") is None, "nor does it matter who ends the process"
 
         ranks.answer = False
         waiting = asyncio.create_task(ranks.grammars.prepare(regex("never")))

@@ -123,7 +123,7 @@ class _Trial:
             if self._is_closed:
                 return TrialResult("the engine has ended")
             try:
-                if self._process is None:
+                if self._process is None or self._process.returncode is not None:  # it may have been killed
                     await self._start()
                 return await self._ask(TrialGrammar(structural_tag), COMPILE_TIMEOUT_S)
             except TimeoutError:
