@@ -2,10 +2,10 @@
 
     python benchmark/simulation/compare.py [--ranks 2 4]
 
-The costs of a step are measured first, with equal work on all ranks and with all of it on one: a row costs its own
-rank something, and all ranks something, because its experts are everywhere. Then a burst of requests of very different
-lengths runs on the engine and in the simulation, with each method of balancing. Prints a table of seconds until the
-last one has ended, and one JSON line.
+The costs of a step are measured on each engine first, with equal work on all ranks and with all of it on one: a row
+costs its own rank something, and all ranks something, because its experts are everywhere. Then a burst of requests of
+very different lengths runs on the engine and in the simulation, with each method of balancing. Other work on the
+machine spoils it. Prints a table of seconds until the last one has ended, and one JSON line.
 """
 
 import argparse
@@ -136,10 +136,9 @@ def main() -> None:
     print(f"{'ranks':>5} {'method':>14} {'measured':>9} {'predicted':>9} {'error':>6}   seconds")
     results = []
     for ranks in args.ranks:
-        cost = None
         for method in METHODS:
             with start(args.model_path, ranks, method) as engine:
-                cost = cost or calibrate(engine, ranks)
+                cost = calibrate(engine, ranks)  # each time: other work on the machine comes and goes
                 arrivals = burst(args.requests, engine.config.model.vocab_size)
                 measured = measure(engine, arrivals)
             settings = Settings(ranks, method, None, CHUNK, MAX_RUNNING)
@@ -147,7 +146,6 @@ def main() -> None:
             results.append({"ranks": ranks, "method": method, "measured": measured, "predicted": predicted})
             error = predicted / measured - 1
             print(f"{ranks:>5} {method:>14} {measured:>9.2f} {predicted:>9.2f} {error:>6.0%}", flush=True)
-        print(f"      {cost}")
     print(json.dumps({"benchmark": "simulation", "machine": platform.machine(), "results": results}))
 
 

@@ -114,8 +114,9 @@ class Scheduler:
             prompts += [entry.request for entry in admitted]
             step += admitted
         # Only now: the prefixes of all admitted requests are held, and what is evicted is nobody's.
-        for entry in step:
-            self.kv.grow(entry.request, entry.num_tokens)
+        for request, start, num_tokens, _ in step:
+            if num_tokens > 1 or start % self.limits.page_size == 0:
+                self.kv.grow(request, num_tokens)
         unread = sum(r.num_remaining for r in prompts) - sum(entry.num_tokens for entry in step) + len(decoding)
         self.prompt_steps = -(-unread // self.limits.chunked_prefill_size)
         return sorted(step, key=_is_prompt)
