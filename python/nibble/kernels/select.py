@@ -79,23 +79,19 @@ def _torch_kernels() -> Kernels:
 
 
 def _c_kernels() -> Kernels:
+    """Torch's own where they take little of a step's time."""
     from nibble.kernels.cpu.linear import linear
     from nibble.kernels.cpu.norm import add_rms_norm, qk_norm_rope, rms_norm
     from nibble.kernels.cpu.nvfp4 import Nvfp4Linear, Nvfp4MoE, quantize_pack
     from nibble.kernels.cpu.sampling import argmax
     from nibble.kernels.cpu.topk import topk_softmax
-    from nibble.kernels.torch.activation import silu_and_mul
-    from nibble.kernels.torch.latent import rope_latent
-    from nibble.kernels.torch.topk import grouped_topk
 
-    return Kernels(
+    return replace(
+        _torch_kernels(),
         rms_norm=rms_norm,
         add_rms_norm=add_rms_norm,
-        silu_and_mul=silu_and_mul,
         qk_norm_rope=qk_norm_rope,
-        rope_latent=rope_latent,
         topk_softmax=topk_softmax,
-        grouped_topk=grouped_topk,
         linear=linear,
         argmax=argmax,
         quantize_pack=quantize_pack,
@@ -105,7 +101,7 @@ def _c_kernels() -> Kernels:
 
 
 def _triton_kernels() -> Kernels:
-    """Torch's own where they are as good as a kernel of ours would be, or not yet written."""
+    """Torch's own where they are as good as a kernel of ours would be."""
     from nibble.kernels.triton.fused_moe import Nvfp4MoE
     from nibble.kernels.triton.latent import rope_latent
     from nibble.kernels.triton.norm import qk_norm_rope
