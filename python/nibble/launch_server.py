@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import faulthandler
+import gc
 import logging
 import os
 import resource
@@ -136,6 +137,8 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
         await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            gc.collect()
+            gc.freeze()  # what is loaded stays; collecting garbage need not look at it again
             host, port = listener.getsockname()[:2]
             logger.info(
                 "ready after %.1f s: %s://%s:%d serves %s on tp=%d dp=%d ep=%d, FP4 all-gather %s",

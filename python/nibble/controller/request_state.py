@@ -35,7 +35,10 @@ class RequestState:
         return self._finish_reason is not None or self._error is not None
 
     def update(self, update: TokenUpdate) -> None:
-        """Takes what the rank produced; nothing more after a stop string has matched, or looking for one failed."""
+        """Takes what the rank produced; nothing more after a stop string has matched, or looking for one failed.
+
+        Whoever waits for news learns of it from `announce`.
+        """
         self.rank_has_finished = update.finish_reason is not None
         if self.has_ended:
             return
@@ -59,6 +62,9 @@ class RequestState:
             del self._output_ids[self._detokenizer.num_tokens :]
             del self._logprobs[self._detokenizer.num_tokens :]
         self._finish_reason = reason
+
+    def announce(self) -> None:
+        """Lets `next_output` return what has been taken since the last time."""
         self._news.set()
 
     def end_aborted(self, message: str) -> None:
