@@ -43,30 +43,51 @@ def test_sglangs_cache_benchmarks():
     assert last["meta_info"]["cached_tokens"] == 3
 
 
-def test_sglangs_and_vllms_completions_backends():
-    sglang = {"model": "m", "prompt": PROMPT, "temperature": 0.0, "best_of": 1, "max_tokens": 5, "stream": True}
-    vllm = {"repetition_penalty": 1.0, "logprobs": None, "stream_options": {"include_usage": True}}
-    for sent in ({**sglang, "ignore_eos": True}, {**sglang, **vllm, "ignore_eos": True}):
-        events = Api().events(COMPLETIONS, sent)
-        assert all("text" in event["choices"][0] for event in events if event["choices"])
-        if "stream_options" in sent:
-            assert events[-1]["usage"]["completion_tokens"] == 5
+SGLANG_COMPLETION = {
+    "prompt": PROMPT,
+    "best_of": 1,
+    "max_tokens": 5,
+    "temperature": 0.0,
+}
+VLLM_COMPLETION = {
+    "prompt": PROMPT,
+    "repetition_penalty": 1.0,
+    "max_tokens": 5,
+    "logprobs": None,
+    "stream_options": {"include_usage": True},
+}
 
 
-def test_sglangs_and_vllms_chat_backends():
-    for content in (PROMPT, [{"type": "text", "text": PROMPT}]):
-        sent = {
-            "model": "m",
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0.0,
-            "max_completion_tokens": 5,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "ignore_eos": True,
-        }
-        events = Api().events(CHAT, sent)
-        assert events[-1]["usage"]["completion_tokens"] == 5
-        assert any(event["choices"][0]["delta"].get("content") for event in events[:-1])
+@pytest.mark.parametrize("fields", [SGLANG_COMPLETION, VLLM_COMPLETION], ids=["sglang", "vllm"])
+def test_completions_backends_of_serving_benchmarks(fields):
+    events = Api().events(COMPLETIONS, {"model": "m", **fields, "stream": True, "ignore_eos": True})
+    if "stream_options" in fields:
+        usage = events.pop()
+        assert usage["choices"] == []
+        assert usage["usage"]["completion_tokens"] == 5
+        assert usage["usage"]["prompt_tokens"] == len(IDS)
+    # SGLang's reads the first choice of every event.
+    assert all("text" in event["choices"][0] for event in events)
+    assert any(event["choices"][0]["text"] for event in events)
+
+
+SGLANG_CHAT = {
+    "messages": [{"role": "user", "content": PROMPT}],
+    "temperature": 0.0,
+}
+VLLM_CHAT = {
+    "messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}],
+    "stream_options": {"include_usage": True},
+}
+
+
+@pytest.mark.parametrize("fields", [SGLANG_CHAT, VLLM_CHAT], ids=["sglang", "vllm"])
+def test_chat_backends_of_serving_benchmarks(fields):
+    sent = {"model": "m", **fields, "max_completion_tokens": 5, "stream": True, "ignore_eos": True}
+    events = Api().events(CHAT, sent)
+    if "stream_options" in fields:
+        assert events.pop()["usage"]["completion_tokens"] == 5
+    assert any(event["choices"][0]["delta"].get("content") for event in events)
 
 
 def test_lm_evals_loglikelihoods():
@@ -92,8 +113,17 @@ def test_lm_evals_loglikelihoods():
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_lm_evals_generations(path):
-    sent: dict[str, Any] = {"model": "m", "max_tokens": 50, "temperature": 0, "stop": ["\n\n", "Q:"], "seed": 1234}
+    sent: dict[str, Any] = {
+        "model": "m",
+        "max_tokens": 50,
+        "temperature": 0,
+        "stop": ["\n\n", "Q:", "<|im_end|>"],
+        "seed": 1234,
+    }
     if path == COMPLETIONS:
+        for prompt in (PROMPT, [PROMPT], [IDS]):
+            answer = Api(FakeEngine(parrot)).result(path, {**sent, "prompt": prompt})
+            assert [choice["text"] for choice in answer["choices"]] == [PROMPT]
         answer = Api(FakeEngine(parrot)).result(path, {**sent, "prompt": [PROMPT, "Hi"]})
         assert [choice["text"] for choice in answer["choices"]] == [PROMPT, "Hi"]
     else:

@@ -204,6 +204,14 @@ def test_tokens_become_text_again_alone_and_in_lists(api):
     assert api.result("/v1/detokenize", {"tokens": []}) == {"text": ""}
 
 
+def test_the_tokenizer_also_answers_where_vllms_benchmark_looks_for_it(api):
+    """Without these paths it skips its check that both sides count the same tokens."""
+    prompt = {"model": "m", "prompt": "Hello, world", "add_special_tokens": False}
+    tokens = api.result("/tokenize", prompt)["tokens"]
+    assert tokens == TOKENIZER.encode("Hello, world")
+    assert api.result("/detokenize", {"model": "m", "tokens": tokens}) == {"text": "Hello, world"}
+
+
 @pytest.mark.parametrize("token", [-1, TOKENIZER.vocab_size, 2**63])
 def test_tokens_outside_the_vocabulary_have_no_text(api, token):
     error = api.error("/v1/detokenize", {"tokens": [[1], [2, token]]})

@@ -51,6 +51,7 @@ async def abort_request(body: AbortRequest, request: Request) -> Response:
 
 
 @router.post("/v1/tokenize")
+@router.post("/tokenize", include_in_schema=False)
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of one text or several."""
     context = context_of(request)
@@ -67,6 +68,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 
 
 @router.post("/v1/detokenize")
+@router.post("/detokenize", include_in_schema=False)
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of one list of token ids or several."""
     context = context_of(request)
