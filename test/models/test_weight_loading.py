@@ -17,6 +17,7 @@ from nibble.kernels.torch.topk import topk_softmax
 from nibble.layers.linear import Linear
 from nibble.layers.moe.fused_moe import FusedMoE
 from nibble.layers.moe.token_dispatcher import GatheredRows
+from nibble.layers.weights import float_target
 from nibble.model_executor import weight_loader
 from nibble.model_executor.weight_loader import load_weights
 from nibble.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -270,6 +271,15 @@ def test_dummy_weights_are_the_same_at_every_start_and_on_every_rank(without_fil
         assert torch.equal(ours.mlp.gate.weight, theirs.mlp.gate.weight)
     weights = {matrix(layer.self_attn.o_proj.linear).numpy().tobytes() for layer in first.decoder}
     assert len(weights) == len(first.decoder), "layers differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_no_two_rows_of_a_large_dummy_matrix_are_the_same(dtype):
+    """Only its first million values are drawn."""
+    matrix = torch.zeros(1500, 1600, dtype=dtype)
+    values = float_target(matrix).dummy(torch.Generator().manual_seed(0)).to(dtype)
+    assert values.shape == matrix.shape
+    assert len(values.float().unique(dim=0)) == len(matrix)
 
 
 def test_dummy_nvfp4_scales_suit_normalized_activations(saved):

@@ -1,5 +1,6 @@
 """How a layer says which tensors of the checkpoint it takes, which part of them, and where they go."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -81,7 +82,18 @@ def target(
             tensor = tensor.narrow(dimension, shard.start, shard.size)
         destination.copy_(tensor)
 
-    return WeightTarget(shape, dtypes, load, lambda generator: dummy(shape, generator))
+    return WeightTarget(shape, dtypes, load, lambda generator: _drawn_and_repeated(dummy, shape, generator))
+
+
+_DRAWN = 1_000_003  # values; a prime, so that no two rows of a matrix are the same
+
+
+def _drawn_and_repeated(fill: Fill, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Drawing every value of a large model would take minutes."""
+    count = math.prod(shape)
+    if count <= _DRAWN:
+        return fill(shape, generator)
+    return fill((_DRAWN,), generator).repeat(-(-count // _DRAWN))[:count].view(shape)
 
 
 def float_target(destination: torch.Tensor, mean: float = 0.0, shards: Sequence[Shard] = ()) -> WeightTarget:
