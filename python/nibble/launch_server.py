@@ -38,6 +38,11 @@ _CLOSE_SECONDS = 5
 _CLOSE_SECONDS_DEAD = 1
 """The same when the engine has died: clients are told at once, and those who don't read are not waited for."""
 
+_GARBAGE_THRESHOLD = 20_000
+"""Objects by which their number grows before the garbage collector looks at the new ones. A stream has about 230, an
+answer leaves none that only the collector would free, and a refusal about 20. With Python's 700 the collector would
+hold up a thousand streams again and again, and find nothing."""
+
 
 def main() -> None:
     try:
@@ -137,8 +142,7 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
         await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            gc.collect()
-            gc.freeze()  # what is loaded stays; collecting garbage need not look at it again
+            _collect_garbage_rarely()
             host, port = listener.getsockname()[:2]
             logger.info(
                 "ready after %.1f s: %s://%s:%d serves %s on tp=%d dp=%d ep=%d, FP4 all-gather %s",
@@ -166,6 +170,12 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
             watching.cancel()
         await engine.stop()
     return 1 if died else 0
+
+
+def _collect_garbage_rarely() -> None:
+    gc.collect()
+    gc.freeze()  # what is loaded stays, and need not be looked at again
+    gc.set_threshold(_GARBAGE_THRESHOLD)
 
 
 async def _stop_on_signal(engine: AsyncEngine, server: uvicorn.Server, drain_timeout: float) -> None:

@@ -51,7 +51,7 @@ class RequestState:
         self._output_ids += update.token_ids
         self._cached_tokens = update.cached_tokens
         self._logprobs += update.logprobs
-        self._prompt_logprobs += tuple(update.prompt_logprobs)
+        self._prompt_logprobs += update.prompt_logprobs
         reason = update.finish_reason
         stopped_by_token = reason is not None and reason.type == "stop"
         stop = self._detokenizer.append(update.token_ids[:-1] if stopped_by_token else update.token_ids)

@@ -103,16 +103,20 @@ class ProfileWritten(msgspec.Struct, frozen=True, tag=True):
     error: str | None
 
 
-class TokenUpdate(msgspec.Struct, frozen=True):
-    """News of one request: tokens since the last update, and how it ended if it did."""
+class TokenUpdate(msgspec.Struct, frozen=True, gc=False):
+    """News of one request: tokens since the last update, and how it ended if it did.
+
+    There is one for each request and step, so the garbage collector shall not count them: nothing here refers back,
+    and empty tuples are no new objects.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None
-    logprobs: list[TokenLogprob]
+    logprobs: tuple[TokenLogprob, ...]
     cached_tokens: int
     """Tokens of the prompt that were in the prefix cache."""
-    prompt_logprobs: list[TokenLogprob] = []
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Those that were wanted; they come with the first token."""
 
 

@@ -294,7 +294,7 @@ def _update(request: Request, sampled: SampledToken, reason: FinishReason | None
         request.request_id,
         request.unsent_ids,
         reason,
-        request.unsent_logprobs,
+        tuple(request.unsent_logprobs),
         request.cached_tokens,
         request.prompt_scores.hand_over(),
     )

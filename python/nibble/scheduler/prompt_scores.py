@@ -36,7 +36,7 @@ class PromptScores:
     def take(self, logprobs: Iterable[TokenLogprob]) -> None:
         self._logprobs += logprobs
 
-    def hand_over(self) -> list[TokenLogprob]:
+    def hand_over(self) -> tuple[TokenLogprob, ...]:
         """What has been scored since it was last handed over."""
         logprobs, self._logprobs = self._logprobs, []
-        return logprobs
+        return tuple(logprobs)
