@@ -38,17 +38,25 @@ def test_a_long_delay_counts_for_everybody_who_was_due_meanwhile(monkeypatch):
 @pytest.fixture
 def no_collector():
     gc.collect()
+    gc.freeze()  # only what the test makes is looked at
     gc.disable()
     yield
     gc.enable()
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def api() -> Api:
+    return Api()
 
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize(("stream", "leaves"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("failing", [False, True])
-def test_an_answer_leaves_nothing_that_only_the_garbage_collector_frees(no_collector, path, stream, leaves, failing):
+def test_an_answer_leaves_nothing_that_only_the_garbage_collector_frees(
+    api, no_collector, path, stream, leaves, failing
+):
     """Which may therefore look rarely: it held up a thousand streams for a third of a second, and found nothing."""
-    api = Api()
     api.engine.fail_after = 5 if failing else None
 
     async def converse() -> None:
