@@ -135,6 +135,24 @@ def check_reductions(rank: Rank, backend: str, world_size: int, sizes: list[int]
         assert_same_bits(own, inputs[rank.rank], f"the input of the reductions of {dtype}")
 
 
+def rows_for(owner: int, inputs: Sequence[Tensor], sizes: list[int]) -> Tensor:
+    """What an all-to-all of `inputs`, by rank, brings to the rank `owner`."""
+    return torch.cat([x.split(sizes)[owner] for x in inputs])
+
+
+def check_all_to_alls(rank: Rank, backend: str, world_size: int, distributions: list[list[int]]) -> None:
+    group = shared(rank, backend, world_size)
+    for sizes in distributions:
+        for seed, dtype in enumerate(GATHER_DTYPES):
+            inputs = [random_rows(seed, r, (sum(sizes), 3, 5), dtype) for r in range(world_size)]
+            own = inputs[rank.rank].clone()
+            result = group.all_to_allv(own, sizes)
+            assert_same_bits(result, rows_for(rank.rank, inputs, sizes), f"all_to_allv {dtype} {sizes}")
+            assert_same_bits(own, inputs[rank.rank], f"the input of all_to_allv {dtype} {sizes}")
+            if backend != "single":
+                assert_own_memory(result, own)
+
+
 def check_broadcasts(rank: Rank, backend: str, world_size: int) -> None:
     group = shared(rank, backend, world_size)
     for src in range(world_size):
@@ -189,6 +207,7 @@ def check_payload(group: Communicator, sizes: list[int], width: int) -> None:
     terms = [small_integers(3, r, (sum(sizes), width), torch.float32) for r in range(group.world_size)]
     result = group.reduce_scatterv(terms[group.rank], sizes)
     assert_same_bits(result, torch.stack(terms).sum(0).split(sizes)[group.rank], "reduce_scatterv")
+    assert_same_bits(group.all_to_allv(terms[group.rank], sizes), rows_for(group.rank, terms, sizes), "all_to_allv")
 
 
 def run_program(rank: Rank, backend: str, world_size: int, program: list[dict[str, Any]]) -> None:
@@ -212,6 +231,9 @@ def apply(group: Communicator, seed: int, collective: str, sizes: list[int]) -> 
         inputs = [small_integers(seed, r, (sum(sizes), 6), torch.float32) for r in ranks]
         expected = torch.stack(inputs).sum(0).split(sizes)[rank]
         assert_same_bits(group.reduce_scatterv(inputs[rank], sizes), expected, collective)
+    elif collective == "all_to_allv":
+        inputs = [random_rows(seed, r, (sum(sizes), 7), torch.uint8) for r in ranks]
+        assert_same_bits(group.all_to_allv(inputs[rank], sizes), rows_for(rank, inputs, sizes), collective)
     elif collective == "all_gather":
         inputs = [random_rows(seed, r, (sizes[0], 3), torch.int64) for r in ranks]
         assert_same_bits(group.all_gather(inputs[rank]), torch.cat(inputs), collective)

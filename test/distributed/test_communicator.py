@@ -71,6 +71,20 @@ def test_reductions_equal_the_sum_in_fp64(ranks: RankProcesses, backend: str, wo
 
 
 @ON_EACH
+def test_an_all_to_all_returns_every_ranks_rows_for_this_one_in_rank_order(
+    ranks: RankProcesses, backend: str, world_size: int
+) -> None:
+    distributions = all_distributions(world_size)
+    ranks.run(
+        on_rank.check_all_to_alls,
+        ranks=range(world_size),
+        backend=backend,
+        world_size=world_size,
+        distributions=distributions,
+    )
+
+
+@ON_EACH
 def test_broadcast_overwrites_every_rank_with_the_source(ranks: RankProcesses, backend: str, world_size: int) -> None:
     ranks.run(on_rank.check_broadcasts, ranks=range(world_size), backend=backend, world_size=world_size)
 
@@ -99,7 +113,7 @@ def test_payloads_larger_than_the_buffer_arrive_whole(ranks: RankProcesses, back
 OPERATIONS = st.fixed_dictionaries(
     {
         "collective": st.sampled_from(
-            ["all_gatherv", "reduce_scatterv", "all_gather", "all_reduce", "broadcast", "barrier"]
+            ["all_gatherv", "reduce_scatterv", "all_to_allv", "all_gather", "all_reduce", "broadcast", "barrier"]
         ),
         "sizes": st.lists(st.integers(0, 60), min_size=3, max_size=3),
         "pauses_ms": st.lists(st.sampled_from([0, 0, 0, 1, 3]), min_size=3, max_size=3),
@@ -135,6 +149,7 @@ def test_a_group_of_one_copies_nothing() -> None:
     assert group.reduce_scatter(x) is x
     assert group.all_gatherv([x], [3])[0] is x
     assert group.reduce_scatterv(x, [3]) is x
+    assert group.all_to_allv(x, [3]) is x
 
 
 # --- What is refused before anything is sent
@@ -164,6 +179,10 @@ class RecordingCommunicator(Communicator):
         self._note("reduce_scatterv")
         return x
 
+    def _all_to_allv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        self._note("all_to_allv")
+        return x
+
     def _broadcast(self, x: Tensor, src: int) -> None:
         self._note("broadcast")
 
@@ -177,6 +196,7 @@ REFUSED = {
     "more sizes than ranks": (lambda c: c.reduce_scatterv(ROWS, [1] * 4), "reduce_scatterv", "4 entries, expected 3"),
     "rows of another rank": (lambda c: c.all_gatherv(ROWS, [4, 5, 4]), "all_gatherv", r"4 rows, expected sizes\[1\]"),
     "a sum of another step": (lambda c: c.reduce_scatterv(ROWS, [1, 2, 3]), "reduce_scatterv", "4 rows, expected 6"),
+    "rows of another step": (lambda c: c.all_to_allv(ROWS, [1, 2, 3]), "all_to_allv", "4 rows, expected 6"),
     "a negative size": (lambda c: c.all_gatherv(ROWS, [1, 4, -1]), "all_gatherv", "not be negative"),
     "unequal rows in a list": (lambda c: c.all_gatherv([ROWS, ROWS[1:]], [1, 4, 1]), "all_gatherv", "tensor 1 has 3"),
     "an empty list": (lambda c: c.all_gatherv([], [1, 4, 1]), "all_gatherv", "at least one tensor"),
@@ -218,7 +238,8 @@ def test_an_idle_rank_with_zero_rows_still_enters() -> None:
     group.all_gatherv(torch.ones(0, 2), [3, 0, 0])
     group.all_gatherv([torch.ones(0, 2), torch.ones(0)], [0, 0, 1])
     group.reduce_scatterv(torch.ones(3, 2), [3, 0, 0])
-    assert group.sent == ["all_gatherv", "all_gatherv", "reduce_scatterv"]
+    group.all_to_allv(torch.ones(3, 2), [3, 0, 0])
+    assert group.sent == ["all_gatherv", "all_gatherv", "reduce_scatterv", "all_to_allv"]
 
 
 def test_nothing_travels_when_every_rank_has_zero_rows() -> None:
@@ -227,6 +248,7 @@ def test_nothing_travels_when_every_rank_has_zero_rows() -> None:
     assert group.all_gatherv(empty, [0, 0, 0]).shape == (0, 2)
     assert [x.dtype for x in group.all_gatherv([empty, empty.int()], [0, 0, 0])] == [torch.float32, torch.int32]
     assert group.reduce_scatterv(empty, [0, 0, 0]).shape == (0, 2)
+    assert group.all_to_allv(empty, [0, 0, 0]).shape == (0, 2)
     assert group.all_reduce(empty).shape == (0, 2)
     assert group.all_gather(empty).shape == (0, 2)
     assert group.sent == []

@@ -45,6 +45,9 @@ class SameProcess(Communicator):
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         raise NotImplementedError
 
+    def _all_to_allv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        raise NotImplementedError
+
     def _barrier(self) -> None:
         raise NotImplementedError
 
@@ -131,6 +134,24 @@ def test_reductions_return_the_sum(sizes: list[int], width: tuple[int, ...], dty
     if len(set(sizes)) == 1:
         plain = ranks.run(lambda group, rank: group.reduce_scatter(inputs[rank]))
         assert all(map(equal_bits, plain, scattered))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=8),
+    width=st.sampled_from([(), (5,), (2, 3), (0,)]),
+    dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float8_e4m3fn]),
+)
+def test_an_all_to_all_returns_every_ranks_rows_for_this_one_in_rank_order(
+    sizes: list[int], width: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    ranks = Ranks(len(sizes))
+    inputs = [values(rank, (sum(sizes), *width), dtype) for rank in range(len(sizes))]
+    results = ranks.run(lambda group, rank: group.all_to_allv(inputs[rank], sizes))
+    expected = [torch.cat([x.split(sizes)[owner] for x in inputs]) for owner in range(len(sizes))]
+    assert all(map(equal_bits, results, expected))
+    assert len({call.group for call in ranks.nccl.calls}) <= len(sizes), "one group a rank"
+    assert all(call.group for call in ranks.nccl.calls)
 
 
 @pytest.mark.parametrize("dtype", [*DATA_TYPES, torch.float8_e4m3fn])

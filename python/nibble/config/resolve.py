@@ -89,6 +89,7 @@ class EngineConfig:
             f"collectives: {collectives if parallel.world_size > 1 else 'none (one rank)'}",
             *self._split_in_words(),
             *self._moe_comm_in_words(),
+            *self._moe_combine_in_words(),
             f"device: {self._device_in_words()}, activations: {self.dtype}, "
             f"kernels: {self.kernels}, of the experts: {self.moe_kernel}"
             + (f" ({self.no_c_kernels})" if self.no_c_kernels else ""),
@@ -138,6 +139,13 @@ class EngineConfig:
             return ["rows to the experts and back: through peer memory, if every rank can reach that of all others"]
         return ["rows to the experts and back: nccl" + (f" ({self.no_peer_memory})" if self.no_peer_memory else "")]
 
+    def _moe_combine_in_words(self) -> list[str]:
+        if self.model.moe is None or self.parallel.world_size == 1:
+            return []
+        if self.args.moe_combine_dtype == "fp8":
+            return ["the experts' results travel in fp8_e4m3, a scale for 128 columns (--moe-combine-dtype fp8)"]
+        return [f"the experts' results travel in {self.dtype}"]
+
     def _device_in_words(self) -> str:
         if self.device == "cuda":
             return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each)"
@@ -154,6 +162,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
     model = load_model_config(folder)
     quantization = _resolve_quantization(args, folder)
     parallel = resolve_parallel(args, model, quantization)
+    _check_moe_combine_dtype(args, model, parallel)
     machine = capability()
     device, no_gpu = _resolve_device(args, machine)
     on_gpu = device == "cuda"
@@ -379,9 +388,27 @@ def _resolve_moe_comm_backend(
 def _why_no_rows_between_gpu_ranks(model: ModelConfig, parallel: ParallelConfig, on_gpu: bool) -> str | None:
     if not on_gpu:
         return "this engine runs on the CPU, where --cpu-collectives chooses"
+    return _why_no_rows_between_ranks(model, parallel)
+
+
+def _why_no_rows_between_ranks(model: ModelConfig, parallel: ParallelConfig) -> str | None:
     if model.moe is None:
         return f"{model.architecture} has no experts"
     return "there is one rank" if parallel.world_size == 1 else None
+
+
+def _check_moe_combine_dtype(args: ServerArgs, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Rows go back to one rank each, which sums them, only where ranks are an attention group each."""
+    if args.moe_combine_dtype != "fp8":
+        return
+    reason = _why_no_rows_between_ranks(model, parallel)
+    if reason is None and parallel.attn_tp_size > 1:
+        reason = (
+            f"with dp-size {parallel.dp_size} below tp-size {parallel.tp_size} results come back in sums over "
+            "attention groups, which are not taken in fp8"
+        )
+    if reason:
+        raise ConfigError(f"--moe-combine-dtype fp8: {reason}; leave it out")
 
 
 def _resolve_rank_cores(args: ServerArgs, cores: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...] | None:

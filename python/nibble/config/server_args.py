@@ -95,6 +95,12 @@ class ServerArgs:
         "each way; auto: peer where it works, nccl elsewhere.",
         choices=("auto", "nccl", "peer"),
     )
+    moe_combine_dtype: str = flag(
+        "bf16",
+        "Type in which the experts' partial results travel back, before they are summed. bf16: that of activations, "
+        "see --dtype; fp8: e4m3 with a scale for every 128 columns, about half the bytes and less exact.",
+        choices=("bf16", "fp8"),
+    )
 
     attention_backend: str = flag(
         "auto",

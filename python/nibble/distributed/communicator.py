@@ -132,13 +132,17 @@ class Communicator(ABC):
 
     def reduce_scatterv(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """This rank's rows of the sum over all ranks: `[sum(sizes), ...]` becomes `[sizes[rank], ...]`."""
-        sizes = self._check_sizes("reduce_scatterv", sizes)
-        self._check_rows("reduce_scatterv", x)
-        if x.shape[0] != sum(sizes):
-            raise self._refusal(
-                "reduce_scatterv", f"x has {x.shape[0]} rows, expected {sum(sizes)}, the sum of sizes {sizes}"
-            )
-        return self._scatter("reduce_scatterv", x, sizes)
+        return self._scatter("reduce_scatterv", x, self._check_rows_of_all("reduce_scatterv", x, sizes))
+
+    def all_to_allv(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What `reduce_scatterv` adds up, of any dtype: this rank's rows of `x [sum(sizes), ...]` from every rank.
+
+        Returns `[W * sizes[rank], ...]`, in the order of the ranks that they come from.
+        """
+        sizes = self._check_rows_of_all("all_to_allv", x, sizes)
+        if not any(sizes):
+            return torch.empty_like(x)
+        return self._run("all_to_allv", self._all_to_allv, x, sizes)
 
     def broadcast(self, x: Tensor, src: int) -> None:
         """Overwrites `x`, of the same shape and dtype everywhere, with that of rank `src`."""
@@ -202,6 +206,9 @@ class Communicator(ABC):
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor: ...
 
     @abstractmethod
+    def _all_to_allv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor: ...
+
+    @abstractmethod
     def _broadcast(self, x: Tensor, src: int) -> None: ...
 
     @abstractmethod
@@ -240,6 +247,14 @@ class Communicator(ABC):
             raise self._refusal(collective, f"sizes has {len(sizes)} entries, expected {self.world_size}: {sizes}")
         if min(sizes) < 0:
             raise self._refusal(collective, f"sizes must not be negative, got {sizes}")
+        return sizes
+
+    def _check_rows_of_all(self, collective: str, x: Tensor, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The sizes, if they are those of `x`."""
+        sizes = self._check_sizes(collective, sizes)
+        self._check_rows(collective, x)
+        if x.shape[0] != sum(sizes):
+            raise self._refusal(collective, f"x has {x.shape[0]} rows, expected {sum(sizes)}, the sum of sizes {sizes}")
         return sizes
 
     def _check_tensor(self, collective: str, x: Tensor) -> None:
@@ -283,6 +298,9 @@ class SingleRankCommunicator(Communicator):
         return list(tensors)
 
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        return x
+
+    def _all_to_allv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         return x
 
     def _broadcast(self, x: Tensor, src: int) -> None:

@@ -105,14 +105,17 @@ class GlooCommunicator(Communicator):
         # Every rank sends each peer the peer's rows and sums what it gets. gloo's reduce_scatter takes two to
         # eight times as long.
         output = x.new_empty((sizes[self.rank], *x.shape[1:]))
-        terms = x.new_empty((self.world_size, output.numel()))
+        terms = self._all_to_allv(x, sizes).view(self.world_size, output.numel())
+        sum_in_rank_order(terms.unbind(), output.view(-1))
+        return output
+
+    def _all_to_allv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        output = x.new_empty((self.world_size * sizes[self.rank], *x.shape[1:]))
         width = x.nbytes // x.shape[0]
         if width:
+            received, sent = [sizes[self.rank] * width] * self.world_size, [rows * width for rows in sizes]
             with self._peer_errors():
-                self._gloo.alltoall_base(
-                    _as_bytes(terms), _as_bytes(x), [output.nbytes] * self.world_size, [n * width for n in sizes]
-                ).wait()
-            sum_in_rank_order(terms.unbind(), output.view(-1))
+                self._gloo.alltoall_base(_as_bytes(output), _as_bytes(x), received, sent).wait()
         return output
 
     def _broadcast(self, x: Tensor, src: int) -> None:

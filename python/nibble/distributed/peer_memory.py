@@ -15,6 +15,7 @@ from torch import Tensor
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.communicator import CollectiveError, Communicator, PeerError
 from nibble.distributed.cuda_ipc import HANDLE_BYTES, CudaIpc, CudaIpcError, as_tensor
+from nibble.kernels.torch.fp8_row import Fp8RowLayout
 from nibble.kernels.torch.wire_row import WireRowLayout
 from nibble.kernels.triton.nvfp4_tiles import num_multiprocessors
 from nibble.kernels.triton.peer_sync import (
@@ -42,14 +43,19 @@ class SegmentLayout:
     max_rows: int
     row_bytes: int
     hidden_size: int
+    fp8_partial: bool = False
+    """Whether partial results are FP8 rows, not bf16."""
     rows_offset: int = field(init=False, default=HEADER_BYTES)
     partial_offset: int = field(init=False)
+    partial_row_bytes: int = field(init=False)
     num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         partial_offset = _align(self.rows_offset + self.max_rows * self.row_bytes)
+        partial_row_bytes = Fp8RowLayout(self.hidden_size).row_bytes if self.fp8_partial else 2 * self.hidden_size
         object.__setattr__(self, "partial_offset", partial_offset)
-        object.__setattr__(self, "num_bytes", _align(partial_offset + self.max_rows * self.hidden_size * 2))
+        object.__setattr__(self, "partial_row_bytes", partial_row_bytes)
+        object.__setattr__(self, "num_bytes", _align(partial_offset + self.max_rows * partial_row_bytes))
 
 
 def segment_layout(config: EngineConfig) -> SegmentLayout:
@@ -59,7 +65,8 @@ def segment_layout(config: EngineConfig) -> SegmentLayout:
     most_rows = max(args.chunked_prefill_size + args.max_running_requests, *config.cuda_graph_rows, 0)
     fp4 = config.fp4_allgather.enabled
     row_bytes = WireRowLayout(model.hidden_size, model.moe.top_k).row_bytes if fp4 else 0
-    return SegmentLayout(config.parallel.world_size * most_rows, row_bytes, model.hidden_size)
+    fp8_partial = args.moe_combine_dtype == "fp8"
+    return SegmentLayout(config.parallel.world_size * most_rows, row_bytes, model.hidden_size, fp8_partial)
 
 
 class PeerMemory:
@@ -103,11 +110,11 @@ class PeerMemory:
         return self.segment[begin : begin + num_rows * row_bytes].view(num_rows, row_bytes)
 
     def partial(self, num_rows: int) -> Tensor:
-        """Where this rank's partial results of `num_rows` rows belong: bf16 [num_rows, H]."""
+        """Where this rank's partial results of `num_rows` rows belong: bf16 [num_rows, H], or FP8 rows, uint8."""
         self._check_fits(num_rows)
-        begin, row_bytes = self.layout.partial_offset, 2 * self.layout.hidden_size
-        partial = self.segment[begin : begin + num_rows * row_bytes].view(torch.bfloat16)
-        return partial.view(num_rows, self.layout.hidden_size)
+        begin, row_bytes = self.layout.partial_offset, self.layout.partial_row_bytes
+        partial = self.segment[begin : begin + num_rows * row_bytes].view(num_rows, row_bytes)
+        return partial if self.layout.fp8_partial else partial.view(torch.bfloat16)
 
     def raise_failure(self) -> None:
         """Raises PeerError, with the ranks by name, if some did not come in time. Waits for nothing."""

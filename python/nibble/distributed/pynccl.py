@@ -218,6 +218,21 @@ class PyNcclCommunicator(Communicator):
                     address += rows * row_elements * x.itemsize
         return output
 
+    def _all_to_allv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        output = x.new_empty((self.world_size * sizes[self.rank], *x.shape[1:]))
+        if x.numel() == 0:
+            return output
+        row_bytes, where = x.nbytes // x.shape[0], self._comm_and_stream()
+        source, target, own_bytes = x.data_ptr(), output.data_ptr(), sizes[self.rank] * row_bytes
+        with self._nccl.group():  # the rows for this rank itself are copied by the same kernel
+            for peer, rows in enumerate(sizes):
+                if rows:
+                    self._nccl.send(source, rows * row_bytes, DataType.UINT8, peer, *where)
+                if own_bytes:
+                    self._nccl.recv(target, own_bytes, DataType.UINT8, peer, *where)
+                source, target = source + rows * row_bytes, target + own_bytes
+        return output
+
     def _broadcast(self, x: Tensor, src: int) -> None:
         self._nccl.broadcast(x.data_ptr(), x.data_ptr(), x.nbytes, DataType.UINT8, src, *self._comm_and_stream())
 

@@ -30,7 +30,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -46,6 +46,7 @@ from nibble.utils.c_library import build_c_library
 
 COLLECTIVES = (
     "barrier", "broadcast", "all_gather", "all_gatherv", "reduce_scatter", "reduce_scatterv", "all_reduce",
+    "all_to_allv",
 )  # fmt: skip
 HEADER = struct.Struct("<IIq")  # round, index into COLLECTIVES, hash of what travels
 MAX_MESSAGE = 1024  # bytes of the text with which a rank that failed says why
@@ -139,12 +140,28 @@ class SharedMemoryCommunicator(Communicator):
                 self._library.take_rows(self._group, *where, targets)
 
     def _reduce_scatterv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        # Half a segment holds one slot per rank: what the segment's owner adds to the rows of that rank.
+        output = x.new_empty((sizes[self.rank], *x.shape[1:]))
+        for first, terms in self._scatter_rounds(x, sizes):
+            sum_in_rank_order(terms, output.view(-1)[first : first + len(terms[0])])
+        return output
+
+    def _all_to_allv(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        output = x.new_empty((self.world_size * sizes[self.rank], *x.shape[1:]))
+        from_rank = _as_bytes(output).view(self.world_size, -1)
+        for first, terms in self._scatter_rounds(_as_bytes(x).view(x.shape[0], -1), sizes):
+            for target, term in zip(from_rank, terms, strict=True):
+                target[first : first + len(term)] = term
+        return output
+
+    def _scatter_rounds(self, x: Tensor, sizes: tuple[int, ...]) -> Iterator[tuple[int, list[Tensor]]]:
+        """What all ranks have for this rank's rows, in rank order, piece by piece: where a piece begins in the flat
+        rows, and that of each rank, to be read before the next one is asked for.
+        """
+        # Half a segment holds one slot per rank: what the segment's owner has for the rows of that rank.
         slot_bytes, itemsize = self._slot_bytes, x.itemsize
         plan = _plan_scatter(sizes, x.nbytes // x.shape[0], SUMMABLE_DTYPES.index(x.dtype))
         source, num_bytes = x.data_ptr(), plan.num_bytes[self.rank]
         own_rows = x.view(-1)[plan.starts[self.rank] // itemsize :]
-        output = x.new_empty(num_bytes // itemsize)
         for begin in range(0, plan.most, slot_bytes):
             half = self._next_half()
             own = self._addresses[self.rank] + half
@@ -155,9 +172,7 @@ class SharedMemoryCommunicator(Communicator):
             self._meet(plan.signature)
             first, last = begin // itemsize, min(begin + slot_bytes, num_bytes) // itemsize
             if first < last:
-                terms = self._slots(half + self.rank * slot_bytes, own_rows[first:last])
-                sum_in_rank_order(terms, output[first:last])
-        return output.view(sizes[self.rank], *x.shape[1:])
+                yield first, self._slots(half + self.rank * slot_bytes, own_rows[first:last])
 
     def _slots(self, offset: int, mine: Tensor) -> list[Tensor]:
         """In rank order, `mine` and what lies at `offset` of the peers' segments, in the same dtype and number."""
@@ -310,6 +325,10 @@ def _plan_scatter(sizes: tuple[int, ...], width: int, dtype: int) -> _ScatterPla
     num_bytes = [size * width for size in sizes]
     starts = list(accumulate(num_bytes, initial=0))[:-1]
     return _ScatterPlan(starts, num_bytes, max(num_bytes), hash((sizes, width, dtype)))
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 
@@ -12,7 +12,7 @@ Matmul = Callable[[Tensor], Tensor]
 """`x [T, K]` to [T, N], fp32 or bf16."""
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """`x_fp4 [S, H/2], x_scale [S, H/16], topk_ids [S, K], topk_weights [S, K]` to [S, H], fp32 or bf16: a new tensor, or
-the last argument, bf16.
+the last argument, bf16, or uint8 for FP8 rows.
 """
 
 
@@ -30,6 +30,8 @@ class Kernels:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     argmax: Callable[[Tensor], Tensor]
     quantize_pack: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    quantize_fp8_rows: Callable[[Tensor, Tensor | None], Tensor]
+    sum_fp8_rows: Callable[[Tensor, int, int, dtype], Tensor]
     nvfp4_linear: Callable[[Tensor, Tensor, Tensor, Tensor], Matmul]
     nvfp4_moe: Callable[[PackedNvfp4Experts, int, int], Experts]
     """From this rank's experts, the first one's number, and how many the layer has on all ranks."""
@@ -54,6 +56,7 @@ def _torch_kernels() -> Kernels:
     from torch.nn.functional import linear
 
     from nibble.kernels.torch.activation import silu_and_mul
+    from nibble.kernels.torch.fp8_row import quantize_fp8_rows, sum_fp8_rows
     from nibble.kernels.torch.fused_moe import Nvfp4MoE
     from nibble.kernels.torch.latent import rope_latent
     from nibble.kernels.torch.norm import add_rms_norm, qk_norm_rope, rms_norm
@@ -73,6 +76,8 @@ def _torch_kernels() -> Kernels:
         linear=linear,
         argmax=argmax,
         quantize_pack=quantize_pack,
+        quantize_fp8_rows=quantize_fp8_rows,
+        sum_fp8_rows=sum_fp8_rows,
         nvfp4_linear=Nvfp4Linear,
         nvfp4_moe=Nvfp4MoE,
     )
@@ -102,6 +107,7 @@ def _c_kernels() -> Kernels:
 
 def _triton_kernels() -> Kernels:
     """Torch's own where they are as good as a kernel of ours would be."""
+    from nibble.kernels.triton.fp8_row import quantize_fp8_rows, sum_fp8_rows
     from nibble.kernels.triton.fused_moe import Nvfp4MoE
     from nibble.kernels.triton.latent import rope_latent
     from nibble.kernels.triton.norm import qk_norm_rope
@@ -116,6 +122,8 @@ def _triton_kernels() -> Kernels:
         topk_softmax=topk_softmax,
         grouped_topk=grouped_topk,
         quantize_pack=quantize_pack,
+        quantize_fp8_rows=quantize_fp8_rows,
+        sum_fp8_rows=sum_fp8_rows,
         nvfp4_linear=Nvfp4Linear,
         nvfp4_moe=Nvfp4MoE,
     )

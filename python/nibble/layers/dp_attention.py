@@ -152,6 +152,16 @@ def dp_reduce_scatter(partial: torch.Tensor) -> torch.Tensor:
     return parallel.tp_group.all_reduce(partial).split(get_dp_global_num_tokens())[get_dp_rank()]
 
 
+def dp_exchange(partial: torch.Tensor) -> torch.Tensor:
+    """What `dp_reduce_scatter` sums, of any dtype: every rank's rows for this one, `[W * T, ...]` of their `[S, ...]`.
+
+    For ranks that are an attention group each.
+    """
+    parallel = _step().parallel
+    assert parallel.attn_tp_group.world_size == 1
+    return parallel.tp_group.all_to_allv(partial, get_dp_global_num_tokens())
+
+
 def dp_gather_logit_rows(hidden: torch.Tensor) -> torch.Tensor:
     """Gathers this group's `[R, H]` to the rows of all groups."""
     step = _step()

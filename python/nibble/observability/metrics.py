@@ -230,8 +230,8 @@ class EngineMetrics(Collector):
         )
         yield self._rank_counter(
             "nibble:combined_bytes",
-            "Bytes of partial sums sent back to the ranks whose rows they are: their rows * hidden size * bytes of"
-            " an element * MoE layers.",
+            "Bytes of partial sums sent back to the ranks whose rows they are: their rows * bytes of a"
+            " row * MoE layers.",
             lambda rank: rank.combined_bytes,
         )
         yield self._rank_counter(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nibble.config.resolve import DTYPE_BYTES, EngineConfig
+from nibble.kernels.torch.fp8_row import Fp8RowLayout
 from nibble.layers.moe.fused_moe import FusedMoE
 from nibble.layers.moe.token_dispatcher import Fp4AllGatherDispatcher
 from nibble.observability.rank_stats import NUM_ROW_BUCKETS, RankStats, row_bucket
@@ -24,7 +25,9 @@ class MoeTraffic:
 
 
 def moe_traffic(config: EngineConfig, layers: Iterable[object]) -> MoeTraffic:
-    """What the MoE layers among `layers` move: wire rows, or rows as they are with ids (int32) and weights (fp32)."""
+    """What the MoE layers among `layers` move: wire rows, or rows as they are with ids (int32) and weights (fp32); and
+    back, results as they are, or FP8 rows.
+    """
     moe_layers = [layer for layer in layers if isinstance(layer, FusedMoE)]
     hidden_bytes = config.model.hidden_size * DTYPE_BYTES[config.dtype]
     dispatch = sum(
@@ -33,7 +36,9 @@ def moe_traffic(config: EngineConfig, layers: Iterable[object]) -> MoeTraffic:
         else hidden_bytes + 8 * layer.top_k
         for layer in moe_layers
     )
-    return MoeTraffic(dispatch, hidden_bytes * len(moe_layers))
+    fp8 = config.args.moe_combine_dtype == "fp8"
+    combine = Fp8RowLayout(config.model.hidden_size).row_bytes if fp8 else hidden_bytes
+    return MoeTraffic(dispatch, combine * len(moe_layers))
 
 
 class RankStatistics:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nibble.kernels.cpu.library import as_fp32, c_kernels
+from nibble.kernels.torch.fp8_row import leave_result
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.torch.wire_row import WireRowLayout
 
@@ -92,4 +93,4 @@ class Nvfp4MoE:
             topk_ids.data_ptr(), topk_ids.stride(0), topk_weights.data_ptr(), topk_weights.stride(0),
             rows, self.hidden, self.width, top_k, *self._experts, result.data_ptr(),
         )  # fmt: skip
-        return result if out is None else out.copy_(result)
+        return leave_result(result, out)

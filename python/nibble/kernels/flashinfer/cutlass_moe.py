@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.torch.nvfp4 import BLOCK_SIZE, swizzle_scales
+from nibble.kernels.triton.fp8_row import quantize_fp8_rows
 
 _SIZE_UNIT = 4 * BLOCK_SIZE  # values whose scales fill the width of a tile
 _TUNED_ROWS = 8192  # FlashInfer's default
@@ -81,7 +82,7 @@ class CutlassNvfp4MoE:
         """The contract of `fused_moe_nvfp4`, with bf16 [S, H] as result; no rows launch nothing.
 
         `x_fp4` [S, H/2], `x_scale` [S, H/16], `topk_ids` and `topk_weights` [S, K] may be views of wire rows; what
-        is not contiguous is copied.
+        is not contiguous is copied. FP8 rows, a uint8 `out`, get the bytes of `quantize_fp8_rows` of the result.
         """
         rows = x_fp4.shape[0]
         result = x_fp4.new_empty(rows, self.padded_hidden, dtype=torch.bfloat16)
@@ -103,7 +104,9 @@ class CutlassNvfp4MoE:
                 **self.options,
             )
         result = result[:, : self.hidden_size]
-        return result.contiguous() if out is None else out.copy_(result)
+        if out is None:
+            return result.contiguous()
+        return quantize_fp8_rows(result, out) if out.dtype == torch.uint8 else out.copy_(result)
 
 
 def _round_up(size: int) -> int:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nibble.kernels.torch.fp8_row import leave_result
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, fake_quantize_nvfp4
 
 
@@ -129,7 +130,7 @@ class Nvfp4MoE:
         self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
     ) -> Tensor:
         result = fused_moe_nvfp4(x_fp4, x_scale, topk_ids, topk_weights, self.weights, self.first_expert)
-        return result if out is None else out.copy_(result)
+        return leave_result(result, out)
 
 
 def _dequantize_stack(values: Tensor, scales: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class UnpackedRows:
     x_scale: Tensor  # float8_e4m3fn [T, H/16]
     topk_ids: Tensor  # int32 [T, K]
     topk_weights: Tensor  # fp32 [T, K]
-    out: Tensor | None = None  # bf16 [T, H], where the experts' results belong if not in a new tensor
+    out: Tensor | None = None
+    """Where the experts' results belong if not in a new tensor: bf16 [T, H], or FP8 rows, uint8 [T, row_bytes]."""
 
 
 def quantize_pack(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, input_scale: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in four
    unpacks the rows to fp16;
 2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result;
 3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
-4. `_combine_kernel` adds the results of each row.
+4. `add_results` adds the results of each row, and quantizes the sum where it belongs into an FP8 row.
 
 Which blocks there are is known on the device only, so a fixed number of programs shares them out. Nothing waits for
 the device, and sizes depend on shapes alone: a CUDA graph can capture a call. Nothing is added in an order that may
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
+from nibble.kernels.triton.moe_results import add_results
 from nibble.kernels.triton.moe_routing import assign, choose_assign_tiles, load_block
 from nibble.kernels.triton.nvfp4_tiles import (
     WEIGHT_UNIT,
@@ -38,7 +39,6 @@ from nibble.kernels.triton.nvfp4_tiles import (
 # Rows of one pass: beyond, the results of all pairs would take more memory than they save time.
 _MAX_ROWS = 4096
 _UNPACK_TILE = 1024  # words of eight values that one program unpacks
-_COMBINE_TILE = 1024  # columns
 
 
 def choose_tiling(pairs_per_expert: float) -> Tiling:
@@ -83,7 +83,8 @@ class Nvfp4MoE:
     ) -> Tensor:
         """The contract of `fused_moe_nvfp4`, with [S, H] of `dtype` as result, `out` if given; no rows launch nothing.
 
-        `x_fp4` [S, H/2], `x_scale` [S, H/16], `topk_ids` and `topk_weights` [S, K] may be views of wire rows.
+        `x_fp4` [S, H/2], `x_scale` [S, H/16], `topk_ids` and `topk_weights` [S, K] may be views of wire rows. FP8
+        rows, a uint8 `out`, get the bytes of `quantize_fp8_rows` of the result.
         """
         if out is None:
             out = x_fp4.new_empty(x_fp4.shape[0], self.hidden_size, dtype=self.dtype)
@@ -105,7 +106,7 @@ class Nvfp4MoE:
         sorted_pairs = topk_ids.new_empty(pairs)
         x = x_fp4.new_empty(rows, self.w13.columns, dtype=torch.float16)
         hidden = x.new_empty(pairs, self.w2.columns)
-        results = out.new_empty(pairs, self.hidden_size)
+        results = out.new_empty(pairs, self.hidden_size, dtype=self.dtype)
 
         x_fp4 = _word_aligned(x_fp4)
         assign_tile, scan_tile = choose_assign_tiles(pairs)
@@ -185,20 +186,7 @@ class Nvfp4MoE:
             num_warps=tiling.num_warps,
             num_stages=tiling.stages(x.device),
         )
-        _combine_kernel[(rows, triton.cdiv(self.hidden_size, _COMBINE_TILE))](
-            results,
-            topk_ids,
-            out,
-            topk_ids.stride(0),
-            topk_ids.stride(1),
-            self.first_expert,
-            HIDDEN_SIZE=self.hidden_size,
-            TOP_K=top_k,
-            SLOT_TILE=triton.next_power_of_2(top_k),
-            NUM_EXPERTS=self.num_local,
-            TILE=_COMBINE_TILE,
-            num_warps=4,
-        )
+        add_results(results, topk_ids, self.first_expert, self.num_local, out)
 
 
 def _pack_stack(values: Tensor, scales: Tensor) -> NvFp4Tiles:
@@ -461,34 +449,3 @@ def _down_tile(
     result_ptrs = results_ptr + pair.to(tl.int64)[:, None] * HIDDEN_SIZE + column[None, :]
     result = (acc * factor[None, :]).T.to(results_ptr.dtype.element_ty)
     tl.store(result_ptrs, result, mask=mask[:, None] & (column < HIDDEN_SIZE)[None, :])
-
-
-@triton.jit(do_not_specialize=["first_expert"])
-def _combine_kernel(
-    results_ptr,
-    ids_ptr,
-    out_ptr,
-    ids_stride,
-    ids_slot_stride,
-    first_expert,
-    HIDDEN_SIZE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOT_TILE: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Adds the results of a row's experts in ascending order of expert."""
-    row = tl.program_id(0)
-    slot = tl.arange(0, SLOT_TILE)
-    expert = tl.load(ids_ptr + row * ids_stride + slot * ids_slot_stride, mask=slot < TOP_K, other=-1) - first_expert
-    is_local = (expert >= 0) & (expert < NUM_EXPERTS)
-    key = tl.where(is_local, expert, NUM_EXPERTS) * SLOT_TILE + slot
-    rank = tl.sum((key[None, :] < key[:, None]).to(tl.int32), axis=1)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    acc = tl.zeros([TILE], tl.float32)
-    for step in tl.static_range(TOP_K):
-        local_slot = tl.sum(tl.where((rank == step) & is_local, slot + 1, 0), axis=0) - 1  # or -1
-        result_ptr = results_ptr + (row * TOP_K + local_slot).to(tl.int64) * HIDDEN_SIZE + column
-        acc += tl.load(result_ptr, mask=(column < HIDDEN_SIZE) & (local_slot >= 0), other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + row.to(tl.int64) * HIDDEN_SIZE + column
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=column < HIDDEN_SIZE)

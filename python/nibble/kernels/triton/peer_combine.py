@@ -10,18 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from nibble.distributed.peer_memory import PeerMemory
+from nibble.kernels.torch.fp8_row import Fp8RowLayout
+from nibble.kernels.triton.fp8_row import TILE, add_tiles, load_tile, store_sum
 from nibble.kernels.triton.peer_sync import meet_kernel, segment_of
 
-_TILE = 1024  # columns of a row that a program sums, 16 bytes of every rank's a thread
 _MAX_REGISTERS = 64  # a thread; with fewer the compiler adds before it has asked for the terms of all ranks
 
 
 def peer_combine(memory: PeerMemory, sizes: Sequence[int]) -> Tensor:
     """This rank's rows of the sum over all ranks of `memory.partial(sum(sizes))`: bf16 [sizes[rank], H].
 
-    Terms are added in fp32 in the order of the ranks and rounded once. Collective, without host synchronization: a
-    CUDA graph can capture it. A rank without rows takes part; without rows on any rank nothing is launched. The
-    partial results may be overwritten once this rank has entered another round, which `peer_dispatch` does.
+    Terms, bf16 or FP8 rows, are added in fp32 in the order of the ranks, and the sum is rounded once. Collective,
+    without host synchronization: a CUDA graph can capture it. A rank without rows takes part; without rows on any rank
+    nothing is launched. The partial results may be overwritten once this rank has entered another round, which
+    `peer_dispatch` does.
     """
     num_rows, hidden_size = sizes[memory.rank], memory.layout.hidden_size
     out = torch.empty(num_rows, hidden_size, dtype=torch.bfloat16, device=memory.segment.device)
@@ -30,17 +32,23 @@ def peer_combine(memory: PeerMemory, sizes: Sequence[int]) -> Tensor:
     peer_meet(memory)
     if num_rows == 0:
         return out
-    _peer_sum_kernel[(num_rows * triton.cdiv(hidden_size, _TILE),)](
-        out,
-        memory.segment,
-        sum(sizes[: memory.rank]),
-        WORLD_SIZE=memory.world_size,
-        PARTIAL_OFFSET=memory.layout.partial_offset,
-        HIDDEN_SIZE=hidden_size,
-        TILE=_TILE,
-        num_warps=4,
-        maxnreg=_MAX_REGISTERS,
-    )
+    arguments = out, memory.segment, sum(sizes[: memory.rank])
+    constants = {
+        "WORLD_SIZE": memory.world_size,
+        "PARTIAL_OFFSET": memory.layout.partial_offset,
+        "HIDDEN_SIZE": hidden_size,
+        "TILE": TILE,
+        "num_warps": 4,
+        "maxnreg": _MAX_REGISTERS,
+    }
+    grid = (num_rows * triton.cdiv(hidden_size, TILE),)
+    if memory.layout.fp8_partial:
+        layout = Fp8RowLayout(hidden_size)
+        _peer_sum_fp8_kernel[grid](
+            *arguments, SCALE_OFFSET=layout.scale_offset, ROW_BYTES=layout.row_bytes, **constants
+        )
+    else:
+        _peer_sum_kernel[grid](*arguments, **constants)
     return out
 
 
@@ -74,3 +82,28 @@ def _peer_sum_kernel(
     for peer in tl.static_range(1, WORLD_SIZE):
         acc += terms[peer].to(tl.float32)
     tl.store(out_ptr + row * HIDDEN_SIZE + column, acc.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _peer_sum_fp8_kernel(
+    out_ptr,
+    segment_ptr,
+    first_row,
+    WORLD_SIZE: tl.constexpr,
+    PARTIAL_OFFSET: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr,
+    SCALE_OFFSET: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The same of FP8 rows."""
+    TILES_PER_ROW: tl.constexpr = (HIDDEN_SIZE + TILE - 1) // TILE
+    row = tl.cast(tl.program_id(0) // TILES_PER_ROW, tl.int64)
+    tile = tl.program_id(0) % TILES_PER_ROW
+    values, scales = (), ()
+    for peer in tl.static_range(WORLD_SIZE):
+        partial = segment_of(peer, segment_ptr, WORLD_SIZE) + PARTIAL_OFFSET
+        row_ptr = tl.multiple_of(partial.to(tl.pointer_type(tl.uint8)), 16) + (first_row + row) * ROW_BYTES
+        value, scale = load_tile(tile, row_ptr, HIDDEN_SIZE, SCALE_OFFSET, TILE)
+        values, scales = values + (value,), scales + (scale,)  # type: ignore[assignment]  # noqa: RUF005
+    store_sum(add_tiles(values, scales, WORLD_SIZE), tile, out_ptr + row * HIDDEN_SIZE, HIDDEN_SIZE, TILE)

@@ -8,6 +8,7 @@ from nibble.config.resolve import EngineConfig
 from nibble.distributed.parallel_state import ParallelState
 from nibble.kernels.torch.wire_row import UnpackedRows
 from nibble.layers.dp_attention import mask_padding
+from nibble.layers.moe.combiner import make_combiner
 from nibble.layers.moe.token_dispatcher import (
     AllGatherDispatcher,
     Fp4AllGatherDispatcher,
@@ -24,7 +25,10 @@ class FusedMoEMethod(Protocol):
     """Computes this rank's experts on the rows of all ranks."""
 
     def apply(self, rows: GatheredRows | UnpackedRows) -> torch.Tensor:
-        """Returns `[S, H]`: for each row the weighted sum over this rank's experts, or its part of them, only."""
+        """Returns `[S, H]`: for each row the weighted sum over this rank's experts, or its part of them, only.
+
+        In `rows.out`, if the method is able to.
+        """
         ...
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget | None]: ...
@@ -66,25 +70,27 @@ def _make_method(config: EngineConfig, parallel: ParallelState, prefix: str) -> 
     assert moe is not None
     names = [f"{prefix}.{expert}.{part}" for expert in range(moe.num_experts) for part in PROJECTIONS]
     if config.quantization is None or not config.quantization.is_quantized(*names):
-        return UnquantizedFusedMoEMethod(config, parallel), _make_dispatcher(parallel)
+        return UnquantizedFusedMoEMethod(config, parallel), _make_dispatcher(config, parallel)
     fp4_dispatcher = None
     if config.fp4_allgather.enabled:
         fp4_dispatcher = _make_fp4_dispatcher(config, parallel, moe.top_k)
     method = ModelOptNvFp4FusedMoEMethod(config, parallel, fp4_dispatcher)
-    return method, fp4_dispatcher or _make_dispatcher(parallel)
+    return method, fp4_dispatcher or _make_dispatcher(config, parallel)
 
 
-def _make_dispatcher(parallel: ParallelState) -> AllGatherDispatcher:
+def _make_dispatcher(config: EngineConfig, parallel: ParallelState) -> AllGatherDispatcher:
+    combiner = make_combiner(config)
     if parallel.peer_memory is None:
-        return AllGatherDispatcher()
-    from nibble.layers.moe.peer_dispatcher import PeerCombineDispatcher
+        return AllGatherDispatcher(combiner)
+    from nibble.layers.moe.peer_dispatcher import PeerCombineDispatcher, PeerCombiner
 
-    return PeerCombineDispatcher(parallel.peer_memory)
+    return PeerCombineDispatcher(PeerCombiner(parallel.peer_memory, combiner))
 
 
 def _make_fp4_dispatcher(config: EngineConfig, parallel: ParallelState, top_k: int) -> Fp4AllGatherDispatcher:
+    combiner = make_combiner(config)
     if parallel.peer_memory is None:
-        return Fp4AllGatherDispatcher(config, top_k)
-    from nibble.layers.moe.peer_dispatcher import PeerMemoryDispatcher
+        return Fp4AllGatherDispatcher(config, top_k, combiner)
+    from nibble.layers.moe.peer_dispatcher import PeerCombiner, PeerMemoryDispatcher
 
-    return PeerMemoryDispatcher(config, top_k, parallel.peer_memory)
+    return PeerMemoryDispatcher(config, top_k, PeerCombiner(parallel.peer_memory, combiner))

@@ -11,18 +11,41 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.peer_memory import PeerMemory
 from nibble.kernels.torch.wire_row import UnpackedRows, unpack
+from nibble.kernels.triton.fp8_row import quantize_fp8_rows
 from nibble.kernels.triton.peer_combine import peer_combine, peer_meet
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
 from nibble.layers.dp_attention import get_dp_global_num_tokens
+from nibble.layers.moe.combiner import Combiner
 from nibble.layers.moe.token_dispatcher import AllGatherDispatcher, Fp4AllGatherDispatcher, GatheredRows
 
 
-class PeerMemoryDispatcher(Fp4AllGatherDispatcher):
-    """Quantizes to NVFP4 into every rank's memory; the experts leave their results where all ranks read them."""
+class PeerCombiner:
+    """The experts leave their results where all ranks read them, and each rank sums those of its own rows."""
 
-    def __init__(self, config: EngineConfig, top_k: int, memory: PeerMemory) -> None:
-        super().__init__(config, top_k)
-        self.memory = memory
+    def __init__(self, memory: PeerMemory, collectives: Combiner) -> None:
+        """`collectives` combines what the memory does not hold."""
+        self.memory, self.collectives = memory, collectives
+
+    def out(self, rows: torch.Tensor) -> torch.Tensor | None:
+        num_rows = sum(get_dp_global_num_tokens())
+        return self.memory.partial(num_rows) if self.memory.fits(num_rows) else self.collectives.out(rows)
+
+    def combine(self, partial: torch.Tensor) -> torch.Tensor:
+        sizes = get_dp_global_num_tokens()
+        if not self.memory.fits(sum(sizes)):
+            return self.collectives.combine(partial)
+        own = self.memory.partial(sum(sizes))
+        if partial.data_ptr() != own.data_ptr():
+            quantize_fp8_rows(partial, own) if own.dtype == torch.uint8 else own.copy_(partial)
+        return peer_combine(self.memory, sizes)  # [S, H] -> [T, H]
+
+
+class PeerMemoryDispatcher(Fp4AllGatherDispatcher):
+    """Quantizes to NVFP4 into every rank's memory."""
+
+    def __init__(self, config: EngineConfig, top_k: int, combiner: PeerCombiner) -> None:
+        super().__init__(config, top_k, combiner)
+        self.memory = combiner.memory
 
     def dispatch(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> UnpackedRows:
         sizes = get_dp_global_num_tokens()
@@ -30,31 +53,18 @@ class PeerMemoryDispatcher(Fp4AllGatherDispatcher):
             return super().dispatch(x, topk_ids, topk_weights)
         assert self.input_scale is not None
         all_rows = peer_dispatch(self.memory, x, topk_ids, topk_weights, self.input_scale, sizes)  # [S, R]
-        return replace(unpack(all_rows, self.layout), out=self.memory.partial(sum(sizes)))
-
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        sizes = get_dp_global_num_tokens()
-        if not self.memory.fits(sum(sizes)):
-            return super().combine(partial)
-        assert partial.data_ptr() == self.memory.partial(sum(sizes)).data_ptr()
-        return peer_combine(self.memory, sizes)  # [S, H] -> [T, H]
+        return replace(unpack(all_rows, self.layout), out=self.combiner.out(all_rows))
 
 
 class PeerCombineDispatcher(AllGatherDispatcher):
     """Gathers the activations as they are, by the collective; only sums go through the memory."""
 
-    def __init__(self, memory: PeerMemory) -> None:
-        self.memory = memory
+    def __init__(self, combiner: PeerCombiner) -> None:
+        super().__init__(combiner)
+        self.memory = combiner.memory
 
     def dispatch(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> GatheredRows:
         sizes = get_dp_global_num_tokens()
         if self.memory.fits(sum(sizes)) and any(sizes):
             peer_meet(self.memory)  # all have read the last results; the gather does not wait for ranks without rows
         return super().dispatch(x, topk_ids, topk_weights)
-
-    def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        sizes = get_dp_global_num_tokens()
-        if not self.memory.fits(sum(sizes)):
-            return super().combine(partial)
-        self.memory.partial(sum(sizes)).copy_(partial)
-        return peer_combine(self.memory, sizes)  # [S, H] -> [T, H]

@@ -4,7 +4,7 @@ Every rank sends all its rows to all ranks and keeps, of what the experts return
 T: rows of this rank, S: rows of all ranks, H: hidden size, K: experts per token, R: bytes of a wire row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.kernels.select import select_kernels
 from nibble.kernels.torch.wire_row import UnpackedRows, WireRowLayout, unpack
-from nibble.layers.dp_attention import dp_gather, dp_pad, dp_reduce_scatter
+from nibble.layers.dp_attention import dp_gather, dp_pad
+from nibble.layers.moe.combiner import Combiner
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class GatheredRows:
     x: torch.Tensor  # [S, H]
     topk_ids: torch.Tensor  # [S, K] int32, global expert ids
     topk_weights: torch.Tensor  # [S, K] fp32
+    out: torch.Tensor | None = None  # as that of UnpackedRows
 
 
 class TokenDispatcher(Protocol):
@@ -37,7 +39,8 @@ class TokenDispatcher(Protocol):
 class Fp4AllGatherDispatcher:
     """Quantizes to NVFP4 before the gather: one packed wire row a token, one collective."""
 
-    def __init__(self, config: EngineConfig, top_k: int) -> None:
+    def __init__(self, config: EngineConfig, top_k: int, combiner: Combiner) -> None:
+        self.combiner = combiner
         self.layout = WireRowLayout(config.model.hidden_size, top_k)
         self.quantize_pack = select_kernels(config.kernels, config.moe_kernel).quantize_pack
         self.input_scale: torch.Tensor | None = None
@@ -47,17 +50,21 @@ class Fp4AllGatherDispatcher:
         assert self.input_scale is not None
         rows = self.quantize_pack(x, topk_ids, topk_weights, self.input_scale)  # [T, R]
         (all_rows,) = dp_gather([rows])  # [S, R]
-        return unpack(all_rows, self.layout)
+        return replace(unpack(all_rows, self.layout), out=self.combiner.out(all_rows))
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return dp_reduce_scatter(partial)  # [S, H] -> [T, H]
+        return self.combiner.combine(partial)  # [S, H] -> [T, H]
 
 
 class AllGatherDispatcher:
     """Gathers the activations as they are: the generic path, for every split. Padding belongs to no expert."""
 
+    def __init__(self, combiner: Combiner) -> None:
+        self.combiner = combiner
+
     def dispatch(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> GatheredRows:
-        return GatheredRows(*dp_gather([dp_pad(x), dp_pad(topk_ids, value=-1), dp_pad(topk_weights)]))
+        x, topk_ids, topk_weights = dp_gather([dp_pad(x), dp_pad(topk_ids, value=-1), dp_pad(topk_weights)])
+        return GatheredRows(x, topk_ids, topk_weights, self.combiner.out(x))
 
     def combine(self, partial: torch.Tensor) -> torch.Tensor:
-        return dp_reduce_scatter(partial)  # [S, H] -> [T, H]
+        return self.combiner.combine(partial)  # [S, H] -> [T, H]

@@ -163,8 +163,10 @@ class ModelOptNvFp4FusedMoEMethod:
     def apply(self, rows: GatheredRows | UnpackedRows) -> torch.Tensor:
         if isinstance(rows, GatheredRows):
             x_fp4, x_scale = quantize_nvfp4(rows.x, self.input_scale)
-            return self.kernel(x_fp4, x_scale, rows.topk_ids, rows.topk_weights, None).to(self.dtype)
-        return self.kernel(rows.x_fp4, rows.x_scale, rows.topk_ids, rows.topk_weights, rows.out).to(self.dtype)
+        else:
+            x_fp4, x_scale = rows.x_fp4, rows.x_scale
+        result = self.kernel(x_fp4, x_scale, rows.topk_ids, rows.topk_weights, rows.out)
+        return result.to(self.dtype) if rows.out is None else result
 
     def weight_targets(self, prefix: str) -> dict[str, WeightTarget | None]:
         targets: dict[str, WeightTarget | None] = {}
