@@ -39,8 +39,8 @@ PROFILED = 5
 PARTS = {
     "attention": ("BatchPrefill", "BatchDecode", "PersistentVariableLength", "MLA", "_store_", "MergeStates"),
     "dispatch": ("_pack_kernel", "AllGather", "Broadcast", "_dispatch_kernel"),
-    "combine": ("ReduceScatter", "Reduce_", "_peer_sum_kernel", "meet_kernel"),
-    "experts": ("_prepare_kernel", "_gate_up_kernel", "_down_kernel", "_combine_kernel"),
+    "combine": ("ReduceScatter", "Reduce_", "_peer_sum_kernel", "SendRecv", "_fp8_kernel", "meet_kernel"),
+    "experts": ("_prepare_kernel", "_gate_up_kernel", "_down_kernel", "_add_results_kernel"),
     "linear": ("_linear_kernel", "_quantize_kernel", "_sum_kernel", "gemm", "nvjet", "cutlass"),
 }
 """What the names of a part's kernels contain; the first part that fits counts. All others are the rest."""
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens of each request")
     parser.add_argument("--no-fp4", action="store_true", help="gather BF16 rows")
     parser.add_argument("--moe-comm-backend", default="auto", choices=("auto", "nccl", "peer"))
+    parser.add_argument("--moe-combine-dtype", default="bf16", choices=("bf16", "fp8"))
     args = parser.parse_args()
     flags: dict[str, Any] = {
         "model_path": args.model_path,
@@ -66,6 +67,7 @@ def main() -> None:
         "enable_flashinfer_cutlass_moe": True,
         "disable_flashinfer_cutlass_moe_fp4_allgather": args.no_fp4,
         "moe_comm_backend": args.moe_comm_backend,
+        "moe_combine_dtype": args.moe_combine_dtype,
         "context_length": args.context + 1,
         "max_running_requests": max(args.batch_size),
         "cuda_graph_max_bs": max(args.batch_size),

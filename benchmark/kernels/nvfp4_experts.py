@@ -24,7 +24,8 @@ from torch import Tensor
 from wire_row import measure_copy_bandwidth, median_seconds, time_calls
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
-from nibble.kernels.triton.fused_moe import Nvfp4MoE, _combine_kernel, _prepare_kernel
+from nibble.kernels.triton.fused_moe import Nvfp4MoE, _prepare_kernel
+from nibble.kernels.triton.moe_results import add_results
 from nibble.kernels.triton.moe_routing import choose_assign_tiles, load_block
 from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
 
@@ -233,9 +234,7 @@ class Bf16Experts:
                 weights, source, factors, sorted_pairs, blocks, num_blocks, target, max_blocks,
                 ROWS=weights.shape[1], COLUMNS=weights.shape[2], GATED=factors is None, **shared,
             )  # fmt: skip
-        _combine_kernel[(rows, triton.cdiv(model.hidden, 1024))](
-            results, topk_ids, out, *topk_ids.stride(), 0, model.hidden, top_k, top_k, model.local_experts, 1024
-        )
+        add_results(results, topk_ids, 0, model.local_experts, out)
         return out
 
 

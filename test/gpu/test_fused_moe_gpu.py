@@ -93,6 +93,12 @@ class TestExperts:
         assert out.dtype == torch.bfloat16
         cases.assert_close(out, cases.float64_reference(packed, batch, 0))
 
+    def test_the_result_is_left_where_told_as_fp8_rows_too(self) -> None:
+        packed, batch = cases.random_experts(3, 4, 512, 256), cases.random_batch(3, 50, 512, 3, 0, 4)
+        moe = Nvfp4MoE(cases.experts_to(packed, "cuda"), 0)
+        cases.assert_leaves_result_where_told(moe, batch.to("cuda"), 512)
+        cases.assert_leaves_fp8_rows_where_told(moe, batch.to("cuda"), 512)
+
     def test_rows_of_several_passes_are_the_rows_of_one(self, moe: Nvfp4MoE) -> None:
         batch = batch_of(4, 4200)
         out = moe(*batch.arguments)

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fp8_row_cases
 from nibble.kernels.select import Experts
+from nibble.kernels.torch.fp8_row import Fp8RowLayout, quantize_fp8_rows
 from nibble.kernels.torch.fused_moe import Nvfp4MoE as TorchMoE
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.torch.nvfp4 import dequantize_nvfp4, fake_quantize_nvfp4, quantize_nvfp4, quantize_nvfp4_weight
@@ -131,4 +133,15 @@ def assert_leaves_result_where_told(moe: Experts, batch: Batch, hidden: int) -> 
     out = memory[1:-1]
     assert moe(*batch.arguments, out).data_ptr() == out.data_ptr()
     assert torch.equal(out, moe(*batch.arguments, None).bfloat16())
+    assert (memory[[0, -1]] == 7).all()
+
+
+def assert_leaves_fp8_rows_where_told(moe: Experts, batch: Batch, hidden: int) -> None:
+    """Those of the result that it would have returned."""
+    memory = torch.full((len(batch.topk_ids) + 2, Fp8RowLayout(hidden).row_bytes), 7, dtype=torch.uint8)
+    memory = memory.to(batch.x_fp4.device)
+    out = memory[1:-1]
+    assert moe(*batch.arguments, out).data_ptr() == out.data_ptr()
+    expected = quantize_fp8_rows(moe(*batch.arguments, None).cpu())
+    fp8_row_cases.assert_same_rows(out.cpu(), expected, hidden)
     assert (memory[[0, -1]] == 7).all()

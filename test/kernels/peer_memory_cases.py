@@ -17,6 +17,7 @@ from torch import Tensor
 
 import wire_row_cases
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
+from nibble.kernels.torch.fp8_row import dequantize_fp8_rows, leave_result, quantize_fp8_rows
 from nibble.kernels.torch.wire_row import WireRowLayout
 from nibble.kernels.triton import peer_sync
 from nibble.kernels.triton.peer_sync import FLAGS, HEADER_BYTES, ROUND
@@ -57,6 +58,18 @@ def partials_of(sizes: Sequence[int], hidden_size: int, seed: int = 0) -> list[T
     generator = torch.Generator().manual_seed(seed)
     shape = len(sizes), sum(sizes), hidden_size
     return list((torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator).exp()).bfloat16())
+
+
+def store_partial(memory: PeerMemory, partial: Tensor) -> None:
+    """As the experts do."""
+    leave_result(partial, memory.partial(len(partial)))
+
+
+def as_stored(memory: PeerMemory, partial: Tensor) -> Tensor:
+    """What is left of a result on its way through the memory."""
+    if not memory.layout.fp8_partial:
+        return partial
+    return dequantize_fp8_rows(quantize_fp8_rows(partial), partial.shape[1])
 
 
 def sum_by_rank(partials: Sequence[Tensor]) -> Tensor:

@@ -278,3 +278,4 @@ def test_experts_leave_their_result_where_told(experts: type[c_nvfp4.Nvfp4MoE] |
     packed = fused_moe_cases.random_experts(0, 6, 80, 48)
     batch = fused_moe_cases.random_batch(1, 5, 80, 3, -1, 8)
     fused_moe_cases.assert_leaves_result_where_told(experts(packed, 0), batch, 80)
+    fused_moe_cases.assert_leaves_fp8_rows_where_told(experts(packed, 0), batch, 80)

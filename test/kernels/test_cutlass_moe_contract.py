@@ -74,6 +74,7 @@ def test_the_result_is_left_where_told(hidden: int) -> None:
     packed = cases.random_experts(3, EXPERTS, hidden, 64)
     batch = cases.random_batch(3, 5, hidden, TOP_K, 0, EXPERTS)
     cases.assert_leaves_result_where_told(CutlassNvfp4MoE(packed, 0), batch, hidden)
+    cases.assert_leaves_fp8_rows_where_told(CutlassNvfp4MoE(packed, 0), batch, hidden)
 
 
 @pytest.mark.parametrize("hidden", [80, 128])

@@ -69,6 +69,7 @@ class TestAgreement:
 
     def test_the_result_is_left_where_told(self) -> None:
         cases.assert_leaves_result_where_told(Nvfp4MoE(PACKED, 0), batch_of(4, 5), HIDDEN)
+        cases.assert_leaves_fp8_rows_where_told(Nvfp4MoE(PACKED, 0), batch_of(4, 5), HIDDEN)
 
     def test_bf16_is_the_default_and_rounds_the_result_of_each_pair(self) -> None:
         batch = batch_of(4, 12)
@@ -158,7 +159,7 @@ class TestViews:
 
 def test_zero_rows_launch_nothing_and_keep_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = Nvfp4MoE(PACKED, 0)
-    for kernel in ("_prepare_kernel", "_gate_up_kernel", "_down_kernel", "_combine_kernel"):
+    for kernel in ("_prepare_kernel", "_gate_up_kernel", "_down_kernel", "add_results"):
         monkeypatch.setattr(fused_moe, kernel, None)
     out = moe(*(tensor[:0] for tensor in batch_of(17, 1).arguments))
     assert (out.shape, out.dtype) == ((0, HIDDEN), torch.bfloat16)

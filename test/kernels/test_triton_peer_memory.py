@@ -46,9 +46,10 @@ def combine_all(ranks: list[PeerMemory], sizes: list[int], seed: int = 0) -> Non
     """Every rank combines, and gets its rows of the sum."""
     partials = cases.partials_of(sizes, ranks[0].layout.hidden_size, seed)
     for memory, partial in zip(ranks, partials, strict=True):
-        memory.partial(sum(sizes)).copy_(partial)
+        cases.store_partial(memory, partial)
     # Where compiled code rounds to the nearest bf16, the interpreter cuts the rest off.
-    cut_off = cases.sum_by_rank(partials).view(torch.int32) & -0x10000
+    total = cases.sum_by_rank([cases.as_stored(ranks[0], partial) for partial in partials])
+    cut_off = total.view(torch.int32) & -0x10000
     expected = cut_off.view(torch.float32).bfloat16().split(sizes)
     for memory, own in zip(ranks, expected, strict=True):
         cases.let_everybody_arrive(memory)
@@ -62,6 +63,20 @@ def test_every_rank_gets_the_bytes_of_quantize_pack_of_all_ranks_and_its_rows_of
     for seed in range(2):
         dispatch_all(ranks, sizes, layout, seed)
         combine_all(ranks, sizes, seed)
+
+
+@pytest.mark.parametrize("sizes", [[3], [0, 3, 0, 1], [2, 2]], ids=str)
+def test_results_in_fp8_rows_are_summed_as_the_numbers_that_they_are(sizes: list[int]) -> None:
+    layout = WireRowLayout(304, 3)
+    ranks = cases.ranks_of_one_process(len(sizes), SegmentLayout(sum(sizes), layout.row_bytes, 304, fp8_partial=True))
+    for seed in range(2):
+        dispatch_all(ranks, sizes, layout, seed)
+        combine_all(ranks, sizes, seed)
+
+
+def test_a_segment_of_fp8_results_is_smaller_by_the_bytes_that_they_save() -> None:
+    bf16, fp8 = SegmentLayout(4096, 4096, 7168), SegmentLayout(4096, 4096, 7168, fp8_partial=True)
+    assert bf16.num_bytes - fp8.num_bytes == 4096 * (2 * 7168 - 7392)
 
 
 @settings(max_examples=8, deadline=None)

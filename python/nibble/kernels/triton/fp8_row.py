@@ -37,7 +37,7 @@ def quantize_fp8_rows(x: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(num_rows, layout.row_bytes, dtype=torch.uint8)
     assert x.stride(1) == 1 and out.is_contiguous() and out.shape == (num_rows, layout.row_bytes)
     if num_rows:
-        _quantize_kernel[(num_rows, triton.cdiv(hidden_size, TILE))](
+        _quantize_fp8_kernel[(num_rows, triton.cdiv(hidden_size, TILE))](
             x,
             out,
             x.stride(0),
@@ -61,7 +61,7 @@ def sum_fp8_rows(terms: Tensor, num_terms: int, hidden_size: int, dtype: torch.d
     assert terms.is_contiguous() and terms.shape == (num_terms * num_rows, layout.row_bytes)
     out = terms.new_empty(num_rows, hidden_size, dtype=dtype)
     if num_rows:
-        _sum_kernel[(num_rows, triton.cdiv(hidden_size, TILE))](
+        _sum_fp8_kernel[(num_rows, triton.cdiv(hidden_size, TILE))](
             terms,
             out,
             num_rows,
@@ -76,7 +76,7 @@ def sum_fp8_rows(terms: Tensor, num_terms: int, hidden_size: int, dtype: torch.d
 
 
 @triton.jit
-def _quantize_kernel(
+def _quantize_fp8_kernel(
     x_ptr,
     rows_ptr,
     x_stride,
@@ -92,7 +92,7 @@ def _quantize_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _sum_kernel(
+def _sum_fp8_kernel(
     terms_ptr,
     out_ptr,
     num_rows,
