@@ -1,6 +1,7 @@
 """The demo model through the server: the FP4 gather changes nothing, nor does the number of ranks, but for near ties.
 
-200 held-out questions are asked greedily of servers with 1 to 4 ranks, and of some that gather unquantized rows.
+200 held-out questions are asked greedily of servers with 1 to 4 ranks, and of some that gather unquantized rows, or
+whose experts' results travel in FP8.
 """
 
 import sys
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.demo_model.data import heldout
 
 COUNT = 200
+FP8_RESULTS = ("--moe-combine-dtype", "fp8")
 NEAR_TIE = 0.5
 """Natural-log probability between the two likeliest tokens; FP4 rounds values by up to a few percent."""
 
@@ -53,7 +55,8 @@ def ask(tmp_path_factory):
                 top_logprobs_num=2,
                 data_parallel_rank=pinned_rank,
             )
-        assert f"FP4 all-gather is {'off' if flags else 'on'}" in log.read_text()
+        unquantized = flags and flags != FP8_RESULTS
+        assert f"FP4 all-gather is {'off' if unquantized else 'on'}" in log.read_text()
         return Answers(outputs)
 
     return run
@@ -64,6 +67,10 @@ def test_fp4_gather_on_and_off_give_identical_text(ask):
     off = ask(2, "--disable-flashinfer-cutlass-moe-fp4-allgather")
     assert len(on.tokens) == COUNT
     assert on.tokens == off.tokens
+
+
+def test_results_that_travel_in_fp8_give_the_same_text_but_for_near_ties(ask):
+    assert_same_but_for_near_ties(ask(2), ask(2, *FP8_RESULTS))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -33,6 +33,10 @@ MOE = {
     "moe_intermediate_size": 64,
     "eos_token_id": 2,
 }
+DENSE = {
+    **{name: value for name, value in MOE.items() if "expert" not in name and not name.startswith("moe")},
+    "architectures": ["Qwen3ForCausalLM"],
+}
 NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
 EMBEDDED = {
     "quant_method": "modelopt",
@@ -201,8 +205,7 @@ def test_a_tied_lm_head_is_split_like_the_embedding(checkpoint):
 
 
 def test_a_dense_model_has_no_experts_to_split(checkpoint):
-    dense = {k: v for k, v in MOE.items() if "expert" not in k and not k.startswith("moe")}
-    folder = checkpoint({**dense, "architectures": ["Qwen3ForCausalLM"]})
+    folder = checkpoint(DENSE)
     assert "no experts to split" in refused(folder, **DP2)
     assert resolved(folder, **{**DP2, "ep_size": 1}).parallel.dp_size == 2
 
@@ -549,3 +552,30 @@ def test_a_backend_is_refused_where_no_rows_travel_between_gpus(checkpoint, monk
     on_a_gpu(monkeypatch)
     assert "there is one rank" in refused(checkpoint(), moe_comm_backend=asked)
     assert resolved(checkpoint()).moe_comm_backend is None
+
+
+# The type in which results travel
+
+
+def test_results_travel_in_the_type_of_activations_unless_fp8_is_asked_for(checkpoint, monkeypatch):
+    assert "the experts' results travel in float32" in resolved(checkpoint(), **DP2).decisions()
+    in_fp8 = "the experts' results travel in fp8_e4m3, a scale for 128 columns (--moe-combine-dtype fp8)"
+    assert in_fp8 in resolved(checkpoint(), moe_combine_dtype="fp8", **DP2).decisions()
+    assert in_fp8 in resolved(checkpoint(), moe_combine_dtype="fp8", **{**DP2, "ep_size": 1}).decisions()
+    assert "results travel" not in " ".join(resolved(checkpoint()).decisions())
+    on_a_gpu(monkeypatch)
+    assert "the experts' results travel in bfloat16" in resolved(checkpoint(), **DP2).decisions()
+    assert in_fp8 in resolved(checkpoint(), moe_combine_dtype="fp8", **DP2).decisions()
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "reason"),
+    [
+        (MOE, {}, "there is one rank"),
+        (DENSE, {**DP2, "ep_size": 1}, "Qwen3ForCausalLM has no experts"),
+        (MOE, {**DP2, "dp_size": 1}, "with dp-size 1 below tp-size 2 results come back in sums over attention groups"),
+    ],
+)
+def test_fp8_is_refused_where_no_results_travel_or_not_to_one_rank_each(checkpoint, model, flags, reason):
+    message = refused(checkpoint(model), moe_combine_dtype="fp8", **flags)
+    assert message.startswith("--moe-combine-dtype fp8: ") and reason in message and message.endswith("; leave it out")

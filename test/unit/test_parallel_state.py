@@ -109,13 +109,14 @@ def test_dense_layers_are_split_inside_the_attention_group_or_not_at_all(states)
         assert state.dense_tp_group.world_size == 1 and state.attn_tp_group.world_size == 2
 
 
-def open_peer_memory(tmp_path: Path, asked: str, opened: mock.Mock) -> tuple[object, mock.Mock]:
+def open_peer_memory(tmp_path: Path, asked: str, opened: mock.Mock, combine: str = "bf16") -> tuple[object, mock.Mock]:
     """What rank 0 of two gets where `opened` stands for the memory's own function, and its group on the GPU."""
     content = {**COMMON, **MOE, "architectures": ["Qwen3MoeForCausalLM"], "rms_norm_eps": 1e-6}
     (tmp_path / "config.json").write_text(json.dumps(content))
     sizes = {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True}
     config = engine_config(tmp_path, chunked_prefill_size=96, max_running_requests=10, dist_timeout=50.0, **sizes)
-    meeting = parallel_state._Meeting(replace(config, args=replace(config.args, moe_comm_backend=asked)), 0, tmp_path)
+    args = replace(config.args, moe_comm_backend=asked, moe_combine_dtype=combine)
+    meeting = parallel_state._Meeting(replace(config, args=args), 0, tmp_path)
     group = mock.Mock()
     with (
         mock.patch.object(meeting, "join", return_value=group),
@@ -133,6 +134,13 @@ def test_peer_memory_holds_a_chunk_beside_all_requests_of_every_rank_and_its_gro
     assert device is group.device and layout.max_rows == 2 * (96 + 10)
     assert patience_s == 40, "shorter than the group's 50 s"
     group.watch.assert_called_once_with(opened.return_value.raise_failure)
+
+
+@pytest.mark.parametrize("combine", ["bf16", "fp8"])
+def test_peer_memory_holds_results_in_the_type_that_was_asked_for(tmp_path, combine):
+    opened = mock.Mock()
+    open_peer_memory(tmp_path, "auto", opened, combine)
+    assert opened.call_args.args[2].fp8_partial == (combine == "fp8")
 
 
 def test_where_memory_cannot_be_reached_auto_does_without_and_rank_0_says_why(tmp_path, caplog):
