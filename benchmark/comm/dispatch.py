@@ -13,10 +13,15 @@ per call, then one JSON line. Every figure is the median of replays of a graph o
     all-reduce   put the own BF16 rows into zeros and sum over the ranks, which padding to a common size allows
     combine      sum the partial results, and keep the own rows
     both, list   FP4 roots, then combine
+    combine FP8  all-to-all of partial results as FP8 rows, and sum those of the own rows
     peer         through peer memory: dispatch (quantization is part of the time), combine, and one after the other
+                 combine FP8: of FP8 rows, quantized before
+    results      the experts' last kernel, which leaves their results for the combine, in BF16 or as FP8 rows: the
+                 difference is what quantization takes, to be added to a combine of FP8 rows
 
-The floor is what moving the rows once would take: every rank of a GPU reads and writes all rows (FP4 packed, or BF16
-for the combine, which reads as many terms as there are ranks) at the rate of a copy within the GPU's memory.
+The floor is what moving the rows once would take: every rank of a GPU reads and writes all rows (FP4 packed; for the
+combine BF16 or FP8, of which it reads as many terms as there are ranks, and writes BF16) at the rate of a copy within
+the GPU's memory.
 """
 
 import argparse
@@ -35,13 +40,18 @@ import torch
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_memory
 from nibble.distributed.pynccl import PyNcclCommunicator, multi_rank_gpu_environment
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
+from nibble.kernels.torch.fp8_row import Fp8RowLayout
 from nibble.kernels.torch.wire_row import WireRowLayout
+from nibble.kernels.triton.fp8_row import sum_fp8_rows
+from nibble.kernels.triton.moe_results import add_results
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
 from nibble.kernels.triton.wire_row import quantize_pack, unpack
 
 HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 7168, 8, 256
 LAYOUT = WireRowLayout(HIDDEN_SIZE, TOP_K)
+FP8_ROW_BYTES = Fp8RowLayout(HIDDEN_SIZE).row_bytes
+PASS_ROWS = 4096  # that the experts take at once
 CALLS, REPLAYS = 8, 9
 COPY_BYTES = 1 << 30
 
@@ -95,17 +105,23 @@ def measure_as_rank(rank: int, num_ranks: int, rows: list[int], run_dir: Path) -
     cpu_group.barrier()
     group = PyNcclCommunicator(cpu_group, "dispatch", 60, device)
     ranks_per_gpu = -(-num_ranks // torch.cuda.device_count())
-    layout = SegmentLayout(num_ranks * max(rows), LAYOUT.row_bytes, HIDDEN_SIZE)
-    memory = open_peer_memory(cpu_group, group.device, layout, 30)
+    memories = [
+        open_peer_memory(
+            cpu_group, group.device, SegmentLayout(num_ranks * max(rows), LAYOUT.row_bytes, HIDDEN_SIZE, fp8), 30
+        )
+        for fp8 in (False, True)
+    ]
     results: Results = {}
     for size in rows:
-        times = {name: time_graph(call, group, cpu_group) for name, call in cases(group, memory, size).items()}
+        times = {name: time_graph(call, group, cpu_group) for name, call in cases(group, *memories, size).items()}
         moved = ranks_per_gpu * size * num_ranks / bytes_per_second * 1e6 if rank == 0 else 0.0
         times["floor, FP4"] = 2 * moved * LAYOUT.row_bytes
         times["floor, combine"] = moved * 2 * HIDDEN_SIZE * (1 + 1 / num_ranks)
+        times["floor, combine FP8"] = moved * (FP8_ROW_BYTES + 2 * HIDDEN_SIZE / num_ranks)
         results[str(size)] = {name: round(value, 1) for name, value in times.items()}
-    memory.raise_failure()
-    memory.close()
+    for memory in memories:
+        memory.raise_failure()
+        memory.close()
     group.barrier()
     group.close()
     cpu_group.close()
@@ -130,18 +146,22 @@ def copy_rate(device: torch.device) -> float:
     return rate
 
 
-def cases(group: PyNcclCommunicator, memory: PeerMemory, mean: int) -> dict[str, Callable[[], object]]:
+def cases(
+    group: PyNcclCommunicator, memory: PeerMemory, fp8_memory: PeerMemory, mean: int
+) -> dict[str, Callable[[], object]]:
     even = [mean] * group.world_size
     # The same sum of differences on every machine; none is empty.
     uneven = [max(1, mean + mean * (rank * 5 % 7 - 3) // 8) for rank in range(group.world_size)]
     calls: dict[str, Callable[[], object]] = {}
     for name, sizes in (("even", even), ("uneven", uneven)):
-        for case, call in cases_of_sizes(group, memory, sizes).items():
+        for case, call in (*cases_of_sizes(group, memory, sizes), *fp8_cases(group, memory, fp8_memory, sizes)):
             calls[f"{case}, {name}"] = call
     return calls
 
 
-def cases_of_sizes(group: PyNcclCommunicator, memory: PeerMemory, sizes: list[int]) -> dict[str, Callable[[], object]]:
+def cases_of_sizes(
+    group: PyNcclCommunicator, memory: PeerMemory, sizes: list[int]
+) -> list[tuple[str, Callable[[], object]]]:
     device, rows = group.device, sizes[group.rank]
     x = torch.randn(rows, HIDDEN_SIZE, device=device, dtype=torch.bfloat16)
     ids = torch.randint(0, NUM_EXPERTS, (rows, TOP_K), device=device, dtype=torch.int32)
@@ -174,18 +194,45 @@ def cases_of_sizes(group: PyNcclCommunicator, memory: PeerMemory, sizes: list[in
     def combine_from_peers() -> torch.Tensor:
         return peer_combine(memory, sizes)
 
-    return {
-        "FP4 packed": lambda: group.all_gatherv(quantize_pack(x, ids, weights, input_scale), sizes),
-        "FP4 list": lambda: group.all_gatherv(four, sizes),
-        "BF16": lambda: group.all_gatherv([x, ids, weights], sizes),
-        "all-reduce": pad_and_all_reduce,
-        "combine": combine,
-        "FP4 roots": gather_from_roots,
-        "both, list": lambda: (gather_from_roots(), combine()),
-        "peer dispatch": dispatch_to_peers,
-        "peer combine": combine_from_peers,
-        "peer both": lambda: (dispatch_to_peers(), combine_from_peers()),
-    }
+    return [
+        ("FP4 packed", lambda: group.all_gatherv(quantize_pack(x, ids, weights, input_scale), sizes)),
+        ("FP4 list", lambda: group.all_gatherv(four, sizes)),
+        ("BF16", lambda: group.all_gatherv([x, ids, weights], sizes)),
+        ("all-reduce", pad_and_all_reduce),
+        ("combine", combine),
+        ("FP4 roots", gather_from_roots),
+        ("both, list", lambda: (gather_from_roots(), combine())),
+        ("peer dispatch", dispatch_to_peers),
+        ("peer combine", combine_from_peers),
+        ("peer both", lambda: (dispatch_to_peers(), combine_from_peers())),
+    ]
+
+
+def fp8_cases(
+    group: PyNcclCommunicator, memory: PeerMemory, fp8_memory: PeerMemory, sizes: list[int]
+) -> list[tuple[str, Callable[[], object]]]:
+    """The combine of FP8 rows, and the kernel that leaves results in BF16 or as FP8 rows."""
+    num_rows, num_experts = sum(sizes), NUM_EXPERTS // group.world_size
+    ids = torch.randint(0, NUM_EXPERTS, (num_rows, TOP_K), device=group.device, dtype=torch.int32)
+    pairs = min(num_rows, PASS_ROWS) * TOP_K
+    results = torch.randn(pairs, HIDDEN_SIZE, device=group.device, dtype=torch.bfloat16)
+    bf16_rows, fp8_rows = memory.partial(num_rows), fp8_memory.partial(num_rows)
+
+    def leave_results(out: torch.Tensor) -> None:
+        for part, target in zip(ids.split(PASS_ROWS), out.split(PASS_ROWS), strict=True):
+            add_results(results[: part.numel()], part, group.rank * num_experts, num_experts, target)
+
+    def exchange_and_sum() -> torch.Tensor:
+        terms = group.all_to_allv(fp8_rows, sizes)
+        return sum_fp8_rows(terms, group.world_size, HIDDEN_SIZE, torch.bfloat16)
+
+    leave_results(fp8_rows)
+    return [
+        ("combine FP8", exchange_and_sum),
+        ("peer combine FP8", lambda: peer_combine(fp8_memory, sizes)),
+        ("results", lambda: leave_results(bf16_rows)),
+        ("results FP8", lambda: leave_results(fp8_rows)),
+    ]
 
 
 def time_graph(call: Callable[[], object], group: PyNcclCommunicator, cpu_group: SharedMemoryCommunicator) -> float:

@@ -20,12 +20,12 @@ PAGE_SIZE = 4
 PAGES_EACH = 10
 
 
-def check_replays(rank: Rank, sizes: list[list[int]], moe_comm: str) -> None:
+def check_replays(rank: Rank, sizes: list[list[int]], moe_comm: str, combine: str = "bf16") -> None:
     """Decodes `sizes[…][rank]` sequences: replayed, launched kernel by kernel with padding, and without any.
 
     The first two must be the same bits. The third has other shapes, which the order of sums may depend on.
     """
-    runner = _runner(rank, moe_comm)
+    runner = _runner(rank, moe_comm, combine=combine)
     graphs = runner._graphs
     assert graphs is not None
     _prefill(runner, rank)
@@ -61,8 +61,8 @@ def miss_the_last_rank(rank: Rank) -> str:
     return "no error"
 
 
-def _runner(rank: Rank, moe_comm: str, dist_timeout: float = 60.0) -> ModelRunner:
-    name = f"runner-{moe_comm}-{dist_timeout:g}"
+def _runner(rank: Rank, moe_comm: str, dist_timeout: float = 60.0, combine: str = "bf16") -> ModelRunner:
+    name = f"runner-{moe_comm}-{dist_timeout:g}-{combine}"
     if name not in rank.state:
         config = engine_config(
             DEMO_MODEL,
@@ -76,6 +76,7 @@ def _runner(rank: Rank, moe_comm: str, dist_timeout: float = 60.0) -> ModelRunne
             enable_dp_attention=True,
             enable_flashinfer_cutlass_moe=True,
             moe_comm_backend=moe_comm,
+            moe_combine_dtype=combine,
             dist_timeout=dist_timeout,
             log_level="error",
         )

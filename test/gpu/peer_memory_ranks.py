@@ -15,6 +15,7 @@ from nibble.distributed.communicator import PeerError
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_memory
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
+from nibble.kernels.triton.fp8_row import quantize_fp8_rows
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
 from nibble.kernels.triton.wire_row import quantize_pack as triton_quantize_pack
@@ -26,20 +27,23 @@ MAX_ROWS = 2048
 INPUT_SCALE = torch.tensor(0.01)
 
 
-def join(rank: Rank, name: str, timeout_s: float = 30, max_rows: int = MAX_ROWS) -> PeerMemory:
+def join(
+    rank: Rank, name: str, timeout_s: float = 30, max_rows: int = MAX_ROWS, fp8_partial: bool = False
+) -> PeerMemory:
     """Through a group on the CPU that stays open, in `rank.state`."""
     group = SharedMemoryCommunicator(rank.rank, rank.world_size, rank.run_dir, name, 30)
     rank.state[f"cpu group {name}"] = group
     torch.cuda.set_device(DEVICE)
-    layout = SegmentLayout(max_rows, LAYOUT.row_bytes, LAYOUT.hidden_size)
+    layout = SegmentLayout(max_rows, LAYOUT.row_bytes, LAYOUT.hidden_size, fp8_partial)
     return open_peer_memory(group, DEVICE, layout, timeout_s)
 
 
-def shared(rank: Rank) -> PeerMemory:
-    """The memory that most checks use, one after the other."""
-    if "memory" not in rank.state:
-        rank.state["memory"] = join(rank, "shared")
-    memory: PeerMemory = rank.state["memory"]
+def shared(rank: Rank, fp8_partial: bool = False) -> PeerMemory:
+    """The memory that most checks use, one after the other; that of bf16 results, or that of FP8 rows."""
+    name = "shared-fp8" if fp8_partial else "shared"
+    if name not in rank.state:
+        rank.state[name] = join(rank, name, fp8_partial=fp8_partial)
+    memory: PeerMemory = rank.state[name]
     return memory
 
 
@@ -59,7 +63,11 @@ class Step:
 
     def run(self) -> list[Tensor]:
         gathered = peer_dispatch(self.memory, *self.rows, self.scale, self.sizes).clone()
-        self.memory.partial(sum(self.sizes)).copy_(self.partial)
+        own = self.memory.partial(sum(self.sizes))
+        if self.memory.layout.fp8_partial:
+            quantize_fp8_rows(self.partial, own)
+        else:
+            own.copy_(self.partial)
         return [gathered, peer_combine(self.memory, self.sizes)]
 
     def change_inputs(self, seed: int) -> None:
@@ -73,6 +81,7 @@ class Step:
         expected = [quantize_pack(*rows, INPUT_SCALE) for rows in cases.rows_of(self.sizes, LAYOUT, seed)]
         assert torch.equal(gathered, torch.cat(expected)), f"dispatch of {self.sizes}, seed {seed}"
         partials = cases.partials_of(self.sizes, LAYOUT.hidden_size, seed)
+        partials = [cases.as_stored(self.memory, partial) for partial in partials]
         total = cases.sum_by_rank(partials).bfloat16().split(self.sizes)[self.memory.rank]
         assert torch.equal(out, total), f"combine of {self.sizes}, seed {seed}"
 
@@ -86,9 +95,9 @@ def check_steps(rank: Rank, distributions: list[list[int]]) -> None:
             step.check(step.run(), seed)
 
 
-def check_graphs(rank: Rank, distributions: list[list[int]]) -> None:
+def check_graphs(rank: Rank, distributions: list[list[int]], fp8_partial: bool = False) -> None:
     """One graph a distribution, all alive at once, replayed in turn on changing inputs, with eager steps between."""
-    memory = shared(rank)
+    memory = shared(rank, fp8_partial)
     steps = [Step(memory, sizes) for sizes in distributions]
     captured = []
     for step in steps:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from communicator_ranks import GATHER_DTYPES, assert_own_memory, failure_of, random_rows
+from communicator_ranks import GATHER_DTYPES, assert_own_memory, failure_of, random_rows, rows_for
 from nibble.distributed.communicator import SUMMABLE_DTYPES
 from nibble.distributed.pynccl import PyNcclCommunicator
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
@@ -106,6 +106,17 @@ def check_rounded_sums(rank: Rank, rows: int) -> None:
         assert (error <= bound.split(sizes)[rank.rank]).all(), f"reduce_scatterv {dtype}"
 
 
+def check_all_to_alls(rank: Rank, distributions: list[list[int]]) -> None:
+    group = shared(rank)
+    for sizes in distributions:
+        for seed, dtype in enumerate((torch.uint8, torch.bfloat16)):
+            inputs = [random_rows(seed, r, (sum(sizes), 48), dtype) for r in range(rank.world_size)]
+            own = inputs[rank.rank].to(DEVICE)
+            result = group.all_to_allv(own, sizes)
+            assert_bits(group, result, rows_for(rank.rank, inputs, sizes), f"all_to_allv {dtype} {sizes}")
+            assert_bits(group, own, inputs[rank.rank], f"the input of all_to_allv {dtype} {sizes}")
+
+
 def check_broadcasts(rank: Rank) -> None:
     group = shared(rank)
     for src in range(rank.world_size):
@@ -162,6 +173,7 @@ class Step:
             self.group.all_gatherv(rows, self.sizes),
             *self.group.all_gatherv([rows, marks], self.sizes),
             self.group.reduce_scatterv(partial, self.sizes),
+            self.group.all_to_allv(partial, self.sizes),
             self.group.all_reduce(partial),
             copy,
         ]
@@ -175,7 +187,8 @@ class Step:
         rows, marks, partials = (list(parts) for parts in zip(*everybody, strict=True))
         total = torch.stack(partials).float().sum(0).bfloat16()
         mine = total.split(self.sizes)[self.group.rank]
-        return [torch.cat(rows), torch.cat(rows), torch.cat(marks), mine, total, partials[-1]]
+        exchanged = rows_for(self.group.rank, partials, self.sizes)
+        return [torch.cat(rows), torch.cat(rows), torch.cat(marks), mine, exchanged, total, partials[-1]]
 
 
 def capture(run: Callable[[], Any], group: PyNcclCommunicator) -> tuple[torch.cuda.CUDAGraph, Any]:

@@ -38,8 +38,9 @@ def ranks(request, tmp_path_factory) -> Iterator[RankProcesses]:
             yield processes
 
 
-def forward(ranks, checkpoint, sizes, fp4, moe_comm):
+def forward(ranks, checkpoint, sizes, fp4, moe_comm, combine="bf16"):
     arguments = {"folder": str(checkpoint), "sizes": sizes, "backend": "shared_memory", "device": "cuda"}
+    arguments["combine"] = combine
     return ranks.run(on_cpu.forward, fp4=fp4, moe_comm=moe_comm if ranks.world_size > 1 else "auto", **arguments)
 
 
@@ -63,6 +64,21 @@ def test_peer_memory_and_nccl_differ_by_the_rounding_of_sums_only(ranks, checkpo
         through_nccl, through_peers = (forward(ranks, checkpoint, sizes, True, backend) for backend in ("nccl", "peer"))
         for a, b in zip(through_nccl, through_peers, strict=True):
             torch.testing.assert_close(torch.tensor(a["logits"]), torch.tensor(b["logits"]), rtol=0.05, atol=0.05)
+
+
+def test_results_in_fp8_give_the_same_bits_on_both_backends_and_with_fp4_on_and_off(ranks, checkpoint):
+    """FP8 rows are summed in rank order, whatever brings them."""
+    if ranks.world_size != 4:
+        pytest.skip("one size is enough")
+    for sizes in SIZES[ranks.world_size]:
+        through_nccl = forward(ranks, checkpoint, sizes, True, "nccl", "fp8")
+        through_peers, off = (forward(ranks, checkpoint, sizes, fp4, "peer", "fp8") for fp4 in (True, False))
+        assert [r["bits"] for r in through_nccl] == [r["bits"] for r in through_peers] == [r["bits"] for r in off], (
+            sizes
+        )
+        for in_fp8, in_bf16 in zip(through_peers, forward(ranks, checkpoint, sizes, True, "peer"), strict=True):
+            ours, expected = (torch.tensor(result["logits"]) for result in (in_fp8, in_bf16))
+            assert ours.shape == expected.shape and (ours - expected).norm() <= 0.1 * expected.norm(), sizes
 
 
 @cache

@@ -40,6 +40,14 @@ def test_graphs_and_eager_steps_take_turns_on_changing_inputs(ranks: RankProcess
     ranks.run(on_rank.check_graphs, distributions=[[8] * ranks.world_size, uneven, [100] * ranks.world_size])
 
 
+def test_results_in_fp8_rows_are_summed_as_the_numbers_that_they_are_in_graphs_and_eager_steps(
+    ranks: RankProcesses,
+) -> None:
+    uneven = [7, 0, 3, 1, 20, 2, 0, 5][: ranks.world_size]
+    distributions = [[8] * ranks.world_size, uneven, [0] * (ranks.world_size - 1) + [5]]
+    ranks.run(on_rank.check_graphs, distributions=distributions, fp8_partial=True)
+
+
 def test_sums_are_nearer_to_those_in_fp64_than_sums_of_bf16_numbers(ranks: RankProcesses) -> None:
     if ranks.world_size < 4:
         pytest.skip("two numbers are rounded once either way")

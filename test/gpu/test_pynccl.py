@@ -51,6 +51,10 @@ def test_sums_that_fit_are_exact(ranks: RankProcesses) -> None:
     ranks.run(on_rank.check_exact_sums, distributions=all_distributions(ranks.world_size))
 
 
+def test_an_all_to_all_returns_every_ranks_rows_for_this_one_in_rank_order(ranks: RankProcesses) -> None:
+    ranks.run(on_rank.check_all_to_alls, distributions=all_distributions(ranks.world_size))
+
+
 @pytest.mark.parametrize("rows", [1, 60])
 def test_rounded_sums_are_near_the_sum_in_fp64_and_the_same_on_every_rank(ranks: RankProcesses, rows: int) -> None:
     ranks.run(on_rank.check_rounded_sums, rows=rows)

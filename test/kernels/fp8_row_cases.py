@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nibble.kernels.torch import fp8_row as torch_rows
@@ -30,6 +31,17 @@ def spoiled(x: Tensor) -> Tensor:
     return x
 
 
+def near_ties() -> Tensor:
+    """Every e4m3 number, and the fp32 numbers at and beside the middle of every two: groups of [T, 128] whose scale is
+    one, because each has a 448.
+    """
+    numbers = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, ties, ties.nextafter(ties + 1), ties.nextafter(ties - 1)])
+    x = F.pad(torch.cat([x, -x]), (0, -2 * len(x) % 127)).view(-1, 127)
+    return F.pad(x, (0, 1), value=448.0)
+
+
 def fields(rows: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
     """What is told of FP8 rows: the bytes of values that are numbers, and the bits of the scales, one for any NaN."""
     layout = Fp8RowLayout(hidden_size)
@@ -52,7 +64,7 @@ def assert_quantizes_like_torch(x: Tensor, device: str) -> None:
     row_bytes = Fp8RowLayout(hidden_size).row_bytes
     memory = torch.full((rows + 2, row_bytes), 7, dtype=torch.uint8, device=device)
     out = memory[1:-1]
-    apart = torch.nn.functional.pad(x, (0, 3)).to(device)[:, :hidden_size]
+    apart = F.pad(x, (0, 3)).to(device)[:, :hidden_size]
     assert triton_rows.quantize_fp8_rows(apart, out).data_ptr() == out.data_ptr()
     assert (memory[[0, -1]] == 7).all()
     expected = torch_rows.quantize_fp8_rows(x)

@@ -25,6 +25,10 @@ def test_rows_are_those_of_torch(hidden_size: int, dtype: torch.dtype) -> None:
     cases.assert_quantizes_like_torch(cases.spoiled(cases.values(1, 6, hidden_size, dtype)), "cpu")
 
 
+def test_every_number_and_what_is_at_and_beside_every_tie_is_rounded_as_in_torch() -> None:
+    cases.assert_quantizes_like_torch(cases.near_ties(), "cpu")
+
+
 @pytest.mark.parametrize("hidden_size", cases.HIDDEN_SIZES)
 @pytest.mark.parametrize("num_terms", [1, 3])
 def test_sums_are_those_of_torch(hidden_size: int, num_terms: int) -> None:
