@@ -27,6 +27,7 @@ from nibble.layers.dp_attention import (
     get_dp_size,
     mask_padding,
 )
+from nibble.layers.moe.combiner import ReduceScatterCombiner
 from nibble.layers.moe.token_dispatcher import AllGatherDispatcher
 from runners import data_parallel_state
 
@@ -133,7 +134,7 @@ def test_even_groups_are_padded_until_every_rank_can_own_equally_many_rows_and_p
     step = first_of_two_pairs(7, 8)
     with dp_step(step), mock.patch.object(SingleRankCommunicator, "_all_gatherv", lambda _, tensors, sizes: [*tensors]):
         assert get_dp_padding_mode() is DpPaddingMode.MAX_LEN and step.gathered_sizes == (8, 8)
-        rows = AllGatherDispatcher().dispatch(x, topk_ids, topk_weights)
+        rows = AllGatherDispatcher(ReduceScatterCombiner()).dispatch(x, topk_ids, topk_weights)
     assert rows.x.shape == (8, 4) and rows.topk_ids[-1].tolist() == [-1, -1] and not rows.topk_weights[-1].any()
     assert torch.equal(rows.topk_ids[:7], topk_ids)
 
