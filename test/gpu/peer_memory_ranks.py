@@ -15,7 +15,7 @@ from nibble.distributed.communicator import PeerError
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_memory
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
-from nibble.kernels.triton.fp8_row import quantize_fp8_rows
+from nibble.kernels.triton.fp8_row import leave_result
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
 from nibble.kernels.triton.wire_row import quantize_pack as triton_quantize_pack
@@ -63,11 +63,7 @@ class Step:
 
     def run(self) -> list[Tensor]:
         gathered = peer_dispatch(self.memory, *self.rows, self.scale, self.sizes).clone()
-        own = self.memory.partial(sum(self.sizes))
-        if self.memory.layout.fp8_partial:
-            quantize_fp8_rows(self.partial, own)
-        else:
-            own.copy_(self.partial)
+        leave_result(self.partial, self.memory.partial(sum(self.sizes)))
         return [gathered, peer_combine(self.memory, self.sizes)]
 
     def change_inputs(self, seed: int) -> None:

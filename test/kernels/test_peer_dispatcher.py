@@ -102,7 +102,7 @@ class Ranks:
         for memory, rows, partial in zip(self.memories, gathered, self.partials, strict=True):
             if memory.fits(sum(SIZES)):
                 cases.store_partial(memory, partial)  # by now all have, whose turn to combine comes later
-            partials.append(partial if elsewhere else leave_result(partial, rows.out))
+            partials.append(partial if elsewhere or rows.out is None else leave_result(partial, rows.out))
         return torch.cat([self._in_step(r, lambda d, p=p: d.combine(p)) for r, p in enumerate(partials)])
 
     def total(self) -> Tensor:

@@ -93,4 +93,4 @@ class Nvfp4MoE:
             topk_ids.data_ptr(), topk_ids.stride(0), topk_weights.data_ptr(), topk_weights.stride(0),
             rows, self.hidden, self.width, top_k, *self._experts, result.data_ptr(),
         )  # fmt: skip
-        return leave_result(result, out)
+        return result if out is None else leave_result(result, out)

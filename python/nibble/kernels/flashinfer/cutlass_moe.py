@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.torch.nvfp4 import BLOCK_SIZE, swizzle_scales
-from nibble.kernels.triton.fp8_row import quantize_fp8_rows
+from nibble.kernels.triton.fp8_row import leave_result
 
 _SIZE_UNIT = 4 * BLOCK_SIZE  # values whose scales fill the width of a tile
 _TUNED_ROWS = 8192  # FlashInfer's default
@@ -104,9 +104,7 @@ class CutlassNvfp4MoE:
                 **self.options,
             )
         result = result[:, : self.hidden_size]
-        if out is None:
-            return result.contiguous()
-        return quantize_fp8_rows(result, out) if out.dtype == torch.uint8 else out.copy_(result)
+        return result.contiguous() if out is None else leave_result(result, out)
 
 
 def _round_up(size: int) -> int:

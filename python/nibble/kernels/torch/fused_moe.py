@@ -130,7 +130,7 @@ class Nvfp4MoE:
         self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor | None = None
     ) -> Tensor:
         result = fused_moe_nvfp4(x_fp4, x_scale, topk_ids, topk_weights, self.weights, self.first_expert)
-        return leave_result(result, out)
+        return result if out is None else leave_result(result, out)
 
 
 def _dequantize_stack(values: Tensor, scales: Tensor) -> Tensor:

@@ -75,6 +75,11 @@ def sum_fp8_rows(terms: Tensor, num_terms: int, hidden_size: int, dtype: torch.d
     return out
 
 
+def leave_result(result: Tensor, out: Tensor) -> Tensor:
+    """Leaves experts' `result` [S, H] in `out`, which it returns: bf16 [S, H], or FP8 rows, uint8 [S, row_bytes]."""
+    return quantize_fp8_rows(result, out) if out.dtype == torch.uint8 else out.copy_(result)
+
+
 @triton.jit
 def _quantize_fp8_kernel(
     x_ptr,

@@ -11,7 +11,7 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.peer_memory import PeerMemory
 from nibble.kernels.torch.wire_row import UnpackedRows, unpack
-from nibble.kernels.triton.fp8_row import quantize_fp8_rows
+from nibble.kernels.triton.fp8_row import leave_result
 from nibble.kernels.triton.peer_combine import peer_combine, peer_meet
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
 from nibble.layers.dp_attention import get_dp_global_num_tokens
@@ -36,7 +36,7 @@ class PeerCombiner:
             return self.collectives.combine(partial)
         own = self.memory.partial(sum(sizes))
         if partial.data_ptr() != own.data_ptr():
-            quantize_fp8_rows(partial, own) if own.dtype == torch.uint8 else own.copy_(partial)
+            leave_result(partial, own)
         return peer_combine(self.memory, sizes)  # [S, H] -> [T, H]
 
 
