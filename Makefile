@@ -1,4 +1,5 @@
-# make serve   the demo model on two data-parallel ranks, http://127.0.0.1:30000   [PORT=…] [MODEL=…] [ARGS="…"]
+# make serve   the demo model on two data-parallel ranks (one where there is one GPU), http://127.0.0.1:30000
+#              [PORT=…] [MODEL=…] [RANKS=…] [ARGS="…"]
 # make test    the tests                                                           [ARGS="…" passes pytest options]
 # make lint    format, lint and types
 # make eval    held-out accuracy of the served demo model                          [PORT=…] [MODEL=…]
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 30000
 MODEL ?= assets/nibble-demo-6m-nvfp4
-RANKS ?= 2
+RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1,2)
 FAMILY ?= qwen3
 ARGS ?=
 BIN := $(VENV)/bin

@@ -37,7 +37,16 @@ from rank_processes import Rank, RankProcesses
 REPLAYS = 30
 PROFILED = 5
 PARTS = {
-    "attention": ("BatchPrefill", "BatchDecode", "PersistentVariableLength", "MLA", "_store_", "MergeStates"),
+    "attention": (
+        "BatchPrefill",
+        "BatchDecode",
+        "PersistentVariableLength",
+        "MLA",
+        "_store_",
+        "MergeStates",
+        "rope_latent",
+        "index_copy",
+    ),
     "dispatch": ("_pack_kernel", "AllGather", "Broadcast", "_dispatch_kernel"),
     "combine": ("ReduceScatter", "Reduce_", "_peer_sum_kernel", "SendRecv", "_fp8_kernel", "meet_kernel"),
     "experts": ("_prepare_kernel", "_gate_up_kernel", "_down_kernel", "_add_results_kernel"),
@@ -73,7 +82,8 @@ def main() -> None:
         "cuda_graph_max_bs": max(args.batch_size),
     }
     config = resolve(ServerArgs(**flags))
-    os.environ.update(multi_rank_gpu_environment(config.ranks_per_gpu) if args.ranks > 1 else {})
+    if args.ranks > 1:
+        os.environ.update(multi_rank_gpu_environment(config.ranks_per_gpu, config.divides_multiprocessors))
     with tempfile.TemporaryDirectory() as folder, RankProcesses(args.ranks, Path(folder), timeout_s=540) as ranks:
         results = ranks.run(measure, flags=flags, batch_sizes=args.batch_size, context=args.context)[0]
     report(config, results)
@@ -96,7 +106,7 @@ def measure(rank: Rank, flags: dict[str, Any], batch_sizes: list[int], context: 
         steps[str(count)] = {"ms": statistics.median(seconds) * 1e3, "parts": parts(rank.rank, runner, batch, sizes)}
     memory = {
         "allocated": torch.cuda.memory_allocated() / 2**30,
-        "kv_cache": sum(tensor.nbytes for tensor in (*runner.pool.keys, *runner.pool.values)) / 2**30,
+        "kv_cache": sum(tensor.nbytes for tensor in runner.pool.tensors()) / 2**30,
     }
     return {"steps": steps, "memory_gib": memory}
 
@@ -105,7 +115,7 @@ def decoding(runner: ModelRunner, count: int, context: int) -> ForwardBatch:
     each = -(-(context + 1) // runner.pool.page_size)
     tables = [[page % runner.pool.num_pages for page in range(i * each, (i + 1) * each)] for i in range(count)]
     attention = AttentionBatch([1] * count, [context + 1] * count, tables)
-    tokens = torch.randint(0, runner.vocab_size, (count,)).tolist()
+    tokens = torch.randint(0, runner.config.model.vocab_size, (count,)).tolist()
     return ForwardBatch(tokens, [context] * count, attention, list(range(count)))
 
 

@@ -23,22 +23,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.path.name in COMPILED_BY_FLASHINFER:
+            item.add_marker(pytest.mark.timeout(400))  # one of them waits for the compilers
     items.sort(key=lambda item: item.path.name in COMPILED_BY_FLASHINFER)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def flashinfer_compiles_meanwhile() -> Iterator[None]:
+def flashinfer_compilers() -> Iterator[list[subprocess.Popen[bytes]]]:
     """In the background, while the first tests run: it takes minutes, and the tests that need it come last."""
-    if not torch.cuda.is_available():
-        yield
-        return
     script = str(Path(__file__).with_name("compile_flashinfer.py"))
-    compilers = [subprocess.Popen([sys.executable, script, kind]) for kind in ("64", "128", "mla")]
-    yield
+    kinds = ("64", "128", "mla") if torch.cuda.is_available() else ()
+    compilers = [subprocess.Popen([sys.executable, script, kind]) for kind in kinds]
+    yield compilers
     for compiler in compilers:
         compiler.kill()
         compiler.wait()
+
+
+@pytest.fixture(autouse=True)
+def flashinfer_is_compiled(request: pytest.FixtureRequest, flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
+    if request.path.name in COMPILED_BY_FLASHINFER:
+        assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)

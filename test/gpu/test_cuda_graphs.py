@@ -66,6 +66,7 @@ def test_greedy_text_is_the_same_with_and_without_graphs() -> None:
             model_path=str(on_rank.DEMO_MODEL),
             device="cuda",
             disable_cuda_graph=disable_cuda_graph,
+            cuda_graph_max_bs=2,
             log_level="warning",
         ) as engine:
             assert (engine.config.cuda_graph_rows == ()) == disable_cuda_graph

@@ -92,6 +92,7 @@ def answers(device: str, ranks: int) -> list[dict]:
         enable_dp_attention=True,
         enable_flashinfer_cutlass_moe=True,
         max_total_tokens=65536,
+        cuda_graph_max_bs=16,
         log_level="warning",
     ) as engine:
         prompts = [engine.tokenizer.apply_chat_template(conversation.prompt) for conversation in heldout(COUNT)]
@@ -122,7 +123,7 @@ def test_sampled_tokens_repeat_with_the_seed_and_penalties_apply_on_the_gpu():
         "frequency_penalty": 0.1, "sampling_seed": 7, "max_new_tokens": 24, "min_new_tokens": 4,
         "logit_bias": {"5": -2.0},
     }  # fmt: skip
-    with nibble.Engine(model_path=str(DEMO_MODEL), device="cuda", log_level="warning") as engine:
+    with nibble.Engine(model_path=str(DEMO_MODEL), device="cuda", cuda_graph_max_bs=2, log_level="warning") as engine:
         assert engine.config.num_pages is None, "the KV cache takes what the weights leave"
         prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": "What is 17 plus 25?"}])
         first, second = (engine.generate(input_ids=prompt, sampling_params=sampling)["output_ids"] for _ in range(2))

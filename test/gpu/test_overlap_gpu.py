@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,15 @@ pytestmark = pytest.mark.gpu
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
 COUNT = 64
+LENGTH = 40
 NEAR_TIE = 1.0
 """Natural-log probability between the two likeliest tokens; a batch of another size may choose the other."""
+GREEDY = {"temperature": 0}
 PENALIZED = {"temperature": 0, "repetition_penalty": 1.1, "frequency_penalty": 0.1}
-KINDS = [
-    {"temperature": 0},
-    PENALIZED,
-    {"temperature": 0, "min_new_tokens": 20},
-    {"temperature": 0, "ignore_eos": True},
-]
+KEPT_FROM_ENDING = {"temperature": 0, "min_new_tokens": 20}
+ENDLESS = {"temperature": 0, "ignore_eos": True}
+KINDS = [GREEDY, PENALIZED, KEPT_FROM_ENDING, ENDLESS]
+LARGE = {"max_total_tokens": 65536}
 
 
 def start(ranks: int, **flags: object) -> nibble.Engine:
@@ -37,6 +37,7 @@ def start(ranks: int, **flags: object) -> nibble.Engine:
         enable_dp_attention=True,
         enable_flashinfer_cutlass_moe=True,
         context_length=512,
+        cuda_graph_max_bs=32,  # fewer than run at first: steps with and without a graph
         log_level="warning",
         **flags,
     )
@@ -44,7 +45,7 @@ def start(ranks: int, **flags: object) -> nibble.Engine:
 
 def answers(engine: nibble.Engine) -> list[dict]:
     prompts = [engine.tokenizer.apply_chat_template(conversation.prompt) for conversation in heldout(COUNT)]
-    sampling = [{**KINDS[index % len(KINDS)], "max_new_tokens": 40} for index in range(COUNT)]
+    sampling = [{**KINDS[index % len(KINDS)], "max_new_tokens": LENGTH} for index in range(COUNT)]
     order = random.Random(0).sample(range(COUNT), COUNT)
     outputs = engine.generate(
         input_ids=[prompts[i] for i in order],
@@ -55,42 +56,41 @@ def answers(engine: nibble.Engine) -> list[dict]:
     return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def ranks(request) -> int:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def expected(ranks) -> Iterator[list[dict]]:
-    with start(ranks, max_total_tokens=65536, disable_overlap_schedule=True) as engine:
+@cache
+def answers_without_overlap(ranks: int) -> list[dict]:
+    with start(ranks, **LARGE, disable_overlap_schedule=True) as engine:
         assert not engine.config.overlap_schedule
-        yield answers(engine)
+        return answers(engine)
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("ranks", "flags"),
     [
-        {"max_total_tokens": 65536},
-        {"max_total_tokens": 65536, "disable_cuda_graph": True},
-        {"max_total_tokens": 65536, "chunked_prefill_size": 16},
-        {"max_total_tokens": 1024},  # requests are retracted all the time
+        pytest.param(1, LARGE, id="one rank"),
+        pytest.param(1, {"max_total_tokens": 1024}, id="one rank, a tiny cache"),  # requests are retracted all the time
+        pytest.param(2, LARGE | {"disable_cuda_graph": True}, id="two ranks, without graphs"),
+        pytest.param(2, LARGE | {"chunked_prefill_size": 16}, id="two ranks, in chunks"),
     ],
-    ids=["as it comes", "without graphs", "in chunks", "a tiny cache"],
 )
-def test_overlap_changes_no_answer(ranks, expected, flags):
+def test_overlap_changes_no_answer(ranks: int, flags: dict[str, object]) -> None:
+    expected = answers_without_overlap(ranks)
     with start(ranks, **flags) as engine:
         assert engine.config.overlap_schedule
         found = answers(engine)
     same = total = 0
-    differing = []
     for index, (right, output) in enumerate(zip(expected, found, strict=True)):
+        kind, texts = KINDS[index % len(KINDS)], (right["text"], output["text"])
         a, b = right["output_ids"], output["output_ids"]
         position = next((i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]), None)
-        same, total = same + (len(a) if position is None else position), total + len(a)
+        if kind is ENDLESS:
+            assert len(b) == LENGTH, texts
+        elif kind is KEPT_FROM_ENDING:
+            assert len(b) >= 20, texts
+        else:  # the others leave what the model has learnt behind them, where it is sure of nothing
+            same, total = same + (len(a) if position is None else position), total + len(a)
         if position is None:
             assert output["meta_info"]["finish_reason"] == right["meta_info"]["finish_reason"]
-        elif KINDS[index % len(KINDS)] is not PENALIZED:  # log-probabilities are the model's, before penalties
+        elif kind in (GREEDY, ENDLESS):  # log-probabilities are the model's, before penalties and bans
             best, runner_up = right["meta_info"]["output_top_logprobs"][position][:2]
-            differing.append((best[0] - runner_up[0], right["text"], output["text"]))
-    assert all(gap < NEAR_TIE for gap, *_ in differing), differing
-    assert same >= 0.9 * total, f"{same} of {total} tokens before a difference; {differing}"
+            assert best[0] - runner_up[0] < NEAR_TIE, texts
+    assert same >= 0.95 * total, f"{same} of {total} tokens before a difference"

@@ -74,8 +74,10 @@ def test_results_in_fp8_rows_are_summed_as_the_numbers_that_they_are(sizes: list
 
 
 def test_a_segment_of_fp8_results_is_smaller_by_the_bytes_that_they_save() -> None:
-    bf16, fp8 = SegmentLayout(4096, 4096, 7168), SegmentLayout(4096, 4096, 7168, fp8_partial=True)
-    assert bf16.num_bytes - fp8.num_bytes == 4096 * (2 * 7168 - 7392)
+    rows, page = 4096, 2 << 20
+    bf16, fp8 = SegmentLayout(rows, 4096, 7168), SegmentLayout(rows, 4096, 7168, fp8_partial=True)
+    saved = rows * (2 * 7168 - 7392)
+    assert saved - page < bf16.num_bytes - fp8.num_bytes < saved + page
 
 
 @settings(max_examples=8, deadline=None)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,15 @@ def test_flashinfers_latent_attention_is_chosen_where_it_has_a_kernel(tmp_path, 
     config = resolve(ServerArgs(model_path=str(tmp_path), load_format="dummy"))
     assert config.attention_backend == backend
     assert reason in " ".join(config.decisions())
+
+
+@pytest.mark.parametrize(("gpus", "divided"), [(1, True), (4, False)])
+def test_ranks_that_share_a_gpu_run_latent_attention_each_on_a_part_of_it(tmp_path, monkeypatch, gpus, divided):
+    """Programs of one launch wait for each other; of two ranks' launches neither found room, and both hung."""
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability((0, 1), gpus, (9, 0), True, True, True))
+    load(tmp_path, R1)
+    ranks = {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}
+    config = resolve(ServerArgs(model_path=str(tmp_path), load_format="dummy", **ranks))
+    assert config.divides_multiprocessors == divided
+    assert ("each on its share of the multiprocessors" in " ".join(config.decisions())) == divided
+    assert not resolve(replace(config.args, attention_backend="torch")).divides_multiprocessors

@@ -78,6 +78,15 @@ class EngineConfig:
     def ranks_per_gpu(self) -> int:
         return -(-self.parallel.world_size // self.num_gpus) if self.num_gpus else 0
 
+    @property
+    def divides_multiprocessors(self) -> bool:
+        """Whether ranks that share a GPU must each keep to a part of its multiprocessors.
+
+        FlashInfer's latent attention is a kernel as large as the GPU whose programs wait for each other. Those of two
+        ranks that each find room for a part of them only would wait for ever.
+        """
+        return self.ranks_per_gpu > 1 and self.attention_backend == "flashinfer" and self.model.mla is not None
+
     def decisions(self) -> list[str]:
         """One line for each choice that was left to the engine."""
         parallel, gather = self.parallel, self.fp4_allgather
@@ -148,7 +157,8 @@ class EngineConfig:
 
     def _device_in_words(self) -> str:
         if self.device == "cuda":
-            return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each)"
+            share = ", each on its share of the multiprocessors" if self.divides_multiprocessors else ""
+            return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each{share})"
         cores = "cores of its own" if self.rank_cores else "any core"
         reason = f", {self.no_gpu}" if self.no_gpu else ""
         return f"cpu ({self.cpu_threads} threads a rank, {cores}{reason})"

@@ -28,7 +28,7 @@ from nibble.kernels.triton.peer_sync import (
     read_marks_kernel,
 )
 
-_ALIGNMENT = 256
+_ALIGNMENT = 2 << 20  # pages of the GPU; memory that is cut otherwise is mapped in smaller ones, and read more slowly
 _REASON_BYTES = 256
 
 

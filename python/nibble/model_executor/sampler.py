@@ -104,7 +104,7 @@ class Sampler:
         for token, bias in sampling.logit_bias.items():
             logits[token] += bias
         if row.grammar is None and row.num_generated < sampling.min_new_tokens:
-            logits[self._unwanted(row)] = float("-inf")
+            logits.index_fill_(0, to_device(self._unwanted(row), logits.device), float("-inf"))
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from nibble.kernels.triton.kv_cache import store_kv
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch
+from nibble.utils.transfer import to_device
 
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; partial results of sequences that are shared out
 
@@ -44,7 +45,7 @@ class FlashInferBackend:
         self._graph_pages = torch.empty(0, dtype=torch.int32, device=pool.device)
 
     def plan(self, batch: AttentionBatch) -> "FlashInferStep":
-        slots = torch.tensor(batch.slots(self.pool.page_size), device=self.pool.device)
+        slots = to_device(batch.slots(self.pool.page_size), self.pool.device)
         if max(batch.query_lens) == 1:
             self.plan_decode(self._decode, batch)
             return FlashInferStep(self.pool, self._decode, slots)

@@ -9,6 +9,7 @@ import torch
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.layers.attention.flashinfer_backend import WORKSPACE_BYTES, int32, page_lists
+from nibble.utils.transfer import to_device
 
 
 class FlashInferMlaBackend:
@@ -36,7 +37,7 @@ class FlashInferMlaBackend:
 
     def plan(self, batch: AttentionBatch) -> "FlashInferMlaStep":
         self.plan_wrapper(self._wrapper, batch)
-        slots = torch.tensor(batch.slots(self.pool.page_size), device=self.pool.device)
+        slots = to_device(batch.slots(self.pool.page_size), self.pool.device)
         return FlashInferMlaStep(self, self._wrapper, slots)
 
     def graph_step(self, rows: int, max_pages: int) -> "FlashInferMlaGraphStep":
@@ -53,10 +54,12 @@ class FlashInferMlaBackend:
         return FlashInferMlaGraphStep(self, wrapper, torch.zeros(rows, dtype=torch.int64, device=self.pool.device))
 
     def plan_wrapper(self, wrapper: Any, batch: AttentionBatch) -> None:
+        first_pages, pages = page_lists(batch, self.pool.page_size)
         wrapper.plan(
-            int32([0, *accumulate(batch.query_lens)]),
-            *page_lists(batch, self.pool.page_size),
-            int32(list(batch.seq_lens)),
+            qo_indptr=int32([0, *accumulate(batch.query_lens)]),
+            kv_indptr=first_pages,
+            kv_indices=pages,
+            kv_len_arr=int32(list(batch.seq_lens)),
             **self._shape,
         )
 

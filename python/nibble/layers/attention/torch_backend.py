@@ -1,13 +1,14 @@
 """Paged attention in torch, on any device: the reference for the others."""
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
 
 from nibble.kv_cache.pool import KvCachePool, gather_pages
 from nibble.layers.attention.backend import AttentionBatch
+from nibble.utils.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TorchAttentionBackend:
                 groups.append(self._group(batch, row, range(start, start + count)))
                 row += sum(batch.query_lens[start : start + count])
             first += len(lengths)
-        return torch.tensor(batch.slots(self.pool.page_size), device=self.pool.device), groups
+        return to_device(batch.slots(self.pool.page_size), self.pool.device), groups
 
     def _group(self, batch: AttentionBatch, first_row: int, members: range) -> SequenceGroup:
         seq_lens = [batch.seq_lens[i] for i in members]
@@ -61,8 +62,8 @@ class TorchAttentionBackend:
         return SequenceGroup(
             first_row,
             batch.query_lens[members.start],
-            torch.tensor(pages, device=device),
-            torch.tensor(seq_lens, device=device),
+            to_device(list(chain.from_iterable(pages)), device).view(len(pages), width),
+            to_device(seq_lens, device),
         )
 
 

@@ -1,10 +1,17 @@
 """The expert that every token uses, beside the routed ones."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from nibble.layers.partial_sum import Summand, add_complete
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all layers: each stream keeps memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 class SharedExpert:
@@ -17,7 +24,7 @@ class SharedExpert:
     def __init__(self, feed_forward: Callable[[torch.Tensor], Summand], device: torch.device) -> None:
         """`feed_forward` is without collectives."""
         self.feed_forward = feed_forward
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _side_stream(device) if device.type == "cuda" else None
 
     def add_to(self, routed: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Summand:
         """`routed(x)` plus this expert's part, `[T, H]`; `routed` must not write to `x`."""
