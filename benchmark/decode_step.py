@@ -42,6 +42,8 @@ PARTS = {
         "BatchDecode",
         "PersistentVariableLength",
         "MLA",
+        "_attend_kernel",
+        "_merge_kernel",
         "_store_",
         "MergeStates",
         "rope_latent",
@@ -83,7 +85,7 @@ def main() -> None:
     }
     config = resolve(ServerArgs(**flags))
     if args.ranks > 1:
-        os.environ.update(multi_rank_gpu_environment(config.ranks_per_gpu, config.divides_multiprocessors))
+        os.environ.update(multi_rank_gpu_environment(config.ranks_per_gpu))
     with tempfile.TemporaryDirectory() as folder, RankProcesses(args.ranks, Path(folder), timeout_s=540) as ranks:
         results = ranks.run(measure, flags=flags, batch_sizes=args.batch_size, context=args.context)[0]
     report(config, results)
@@ -106,7 +108,7 @@ def measure(rank: Rank, flags: dict[str, Any], batch_sizes: list[int], context: 
         steps[str(count)] = {"ms": statistics.median(seconds) * 1e3, "parts": parts(rank.rank, runner, batch, sizes)}
     memory = {
         "allocated": torch.cuda.memory_allocated() / 2**30,
-        "kv_cache": sum(tensor.nbytes for tensor in runner.pool.tensors()) / 2**30,
+        "kv_cache": sum(tensor.nbytes for tensor in runner.pool.tensors) / 2**30,
     }
     return {"steps": steps, "memory_gib": memory}
 

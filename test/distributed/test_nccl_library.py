@@ -84,14 +84,6 @@ def test_ranks_that_share_a_gpu_have_no_more_channels_together_than_fit_on_it(
     assert environment["NCCL_NVLS_ENABLE"] == "0"
 
 
-def test_ranks_whose_kernels_need_room_all_at_once_get_a_part_of_the_gpu_each(clean: pytest.MonkeyPatch) -> None:
-    use_version(clean, 23000)
-    share = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-    clean.delenv(share, raising=False)
-    assert multi_rank_gpu_environment(8, divides_multiprocessors=True)[share] == "12"
-    assert share not in multi_rank_gpu_environment(8) | multi_rank_gpu_environment(1, divides_multiprocessors=True)
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_nccl_does_not_register_the_buffers_of_graphs(clean: pytest.MonkeyPatch, ranks: int) -> None:
     use_version(clean, 23007)

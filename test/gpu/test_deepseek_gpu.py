@@ -51,7 +51,7 @@ def make_runner(folder: Path, config: dict[str, object], **args: object) -> Mode
     return ModelRunner(engine, initialize_parallel(engine, 0, folder))
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "torch"])
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "torch"])
 def test_latent_attention_gives_the_logits_of_the_cpu(tmp_path: Path, backend: str) -> None:
     """Without experts and FP4, where a rounding can change a choice or a code and with it everything behind."""
     dense = CONFIG | {"n_routed_experts": None}
@@ -62,13 +62,13 @@ def test_latent_attention_gives_the_logits_of_the_cpu(tmp_path: Path, backend: s
             assert float((ours.cpu() - theirs).norm() / theirs.norm()) < 0.03, chunk
 
 
-def test_a_cuda_graph_is_bit_equal_to_the_kernels_that_it_captured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+def test_a_cuda_graph_is_bit_equal_to_the_kernels_that_it_captured(tmp_path: Path, backend: str) -> None:
     """Shared experts on their second stream, grouped routing and latent attention included."""
     excluded = ["lm_head", "model.layers.*.mlp.gate"]
     quantization = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": excluded}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
-    runner = make_runner(tmp_path, CONFIG, device="cuda", cuda_graph_max_bs=4)
-    assert runner.config.attention_backend == "flashinfer"
+    runner = make_runner(tmp_path, CONFIG, device="cuda", attention_backend=backend, cuda_graph_max_bs=4)
     graphs = runner._graphs
     assert graphs is not None
     assert all(logits.isfinite().all() for logits in all_logits(runner, PROMPTS, chunk=100))

@@ -1,6 +1,7 @@
 """DeepSeek's config.json, as it is published and as newer transformers write it."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,24 +99,25 @@ def test_renormalized_softmax_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "backend", "reason"),
-    [({}, "flashinfer", ""), ({"kv_lora_rank": 256}, "torch", "have (256, 64) values, and FlashInfer's (512, 64)")],
+    ("changes", "gpus", "backend", "reason"),
+    [
+        ({}, 2, "flashinfer", ""),
+        ({"kv_lora_rank": 256}, 2, "triton", "have (256, 64) values, and FlashInfer's (512, 64)"),
+        ({}, 1, "triton", "its kernel of latent attention hangs where ranks share a GPU"),
+    ],
 )
-def test_flashinfers_latent_attention_is_chosen_where_it_has_a_kernel(tmp_path, monkeypatch, changes, backend, reason):
-    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability((0, 1), 1, (9, 0), True, True, True))
+def test_flashinfers_latent_attention_is_chosen_where_it_has_a_kernel_that_runs(
+    tmp_path, monkeypatch, changes, gpus, backend, reason
+):
+    """Programs of one of its launches wait for each other: of two ranks' launches neither found room, and both hung."""
+    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability((0, 1), gpus, (9, 0), True, True, True))
     load(tmp_path, R1, **changes)
-    config = resolve(ServerArgs(model_path=str(tmp_path), load_format="dummy"))
+    args = ServerArgs(
+        model_path=str(tmp_path), load_format="dummy", tp_size=2, dp_size=2, ep_size=2, enable_dp_attention=True
+    )
+    config = resolve(args)
     assert config.attention_backend == backend
     assert reason in " ".join(config.decisions())
-
-
-@pytest.mark.parametrize(("gpus", "divided"), [(1, True), (4, False)])
-def test_ranks_that_share_a_gpu_run_latent_attention_each_on_a_part_of_it(tmp_path, monkeypatch, gpus, divided):
-    """Programs of one launch wait for each other; of two ranks' launches neither found room, and both hung."""
-    monkeypatch.setattr("nibble.config.resolve.capability", lambda: Capability((0, 1), gpus, (9, 0), True, True, True))
-    load(tmp_path, R1)
-    ranks = {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}
-    config = resolve(ServerArgs(model_path=str(tmp_path), load_format="dummy", **ranks))
-    assert config.divides_multiprocessors == divided
-    assert ("each on its share of the multiprocessors" in " ".join(config.decisions())) == divided
-    assert not resolve(replace(config.args, attention_backend="torch")).divides_multiprocessors
+    if backend == "triton":
+        with pytest.raises(ConfigError, match=re.escape(f"--attention-backend flashinfer: {config.no_flashinfer}")):
+            resolve(replace(args, attention_backend="flashinfer"))

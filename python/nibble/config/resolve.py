@@ -78,15 +78,6 @@ class EngineConfig:
     def ranks_per_gpu(self) -> int:
         return -(-self.parallel.world_size // self.num_gpus) if self.num_gpus else 0
 
-    @property
-    def divides_multiprocessors(self) -> bool:
-        """Whether ranks that share a GPU must each keep to a part of its multiprocessors.
-
-        FlashInfer's latent attention is a kernel as large as the GPU whose programs wait for each other. Those of two
-        ranks that each find room for a part of them only would wait for ever.
-        """
-        return self.ranks_per_gpu > 1 and self.attention_backend == "flashinfer" and self.model.mla is not None
-
     def decisions(self) -> list[str]:
         """One line for each choice that was left to the engine."""
         parallel, gather = self.parallel, self.fp4_allgather
@@ -157,8 +148,7 @@ class EngineConfig:
 
     def _device_in_words(self) -> str:
         if self.device == "cuda":
-            share = ", each on its share of the multiprocessors" if self.divides_multiprocessors else ""
-            return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each{share})"
+            return f"cuda ({self.num_gpus} GPUs, up to {self.ranks_per_gpu} ranks on each)"
         cores = "cores of its own" if self.rank_cores else "any core"
         reason = f", {self.no_gpu}" if self.no_gpu else ""
         return f"cpu ({self.cpu_threads} threads a rank, {cores}{reason})"
@@ -182,7 +172,8 @@ def resolve(args: ServerArgs) -> EngineConfig:
     moe_comm_backend, no_peer_memory = _resolve_moe_comm_backend(args, model, parallel, dtype, on_gpu)
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
     kv_cache_dtype = _resolve_kv_cache_dtype(args, model, quantization)
-    attention_backend, no_flashinfer = _resolve_attention(args, model, kernels, (dtype, kv_cache_dtype))
+    shares_gpu = parallel.world_size > machine.num_gpus
+    attention_backend, no_flashinfer = _resolve_attention(args, model, kernels, (dtype, kv_cache_dtype), shares_gpu)
     no_cuda_graph = _why_no_cuda_graph(args, model, quantization, attention_backend, moe_kernel)
     context_length, num_pages = _resolve_memory(args, model, parallel, kv_cache_dtype, on_gpu)
     return EngineConfig(
@@ -292,31 +283,46 @@ def _resolve_kernels(args: ServerArgs, on_gpu: bool, dtype: str, machine: Capabi
 
 
 def _resolve_attention(
-    args: ServerArgs, model: ModelConfig, kernels: str, dtypes: tuple[str, str]
+    args: ServerArgs, model: ModelConfig, kernels: str, dtypes: tuple[str, str], shares_gpu: bool
 ) -> tuple[str, str | None]:
     """The backend, and why auto did not choose FlashInfer on a GPU. `dtypes`: activations and KV cache."""
-    no_flashinfer = None
-    if kernels in ("c", "torch"):
-        no_flashinfer = "it needs a GPU, and this engine runs on the CPU"
-    elif dtypes != ("bfloat16", "bfloat16"):
-        no_flashinfer = f"it computes in bfloat16, and activations are {dtypes[0]}, the KV cache {dtypes[1]}"
-    elif kernels == "triton":
-        no_flashinfer = "FlashInfer is not installed, or there is no nvcc to compile its kernels"
-    elif model.mla and (model.mla.kv_lora_rank, model.mla.qk_rope_head_dim) != FLASHINFER_LATENT_SIZES:
-        sizes = model.mla.kv_lora_rank, model.mla.qk_rope_head_dim
-        no_flashinfer = (
-            f"latent vectors and rotated keys have {sizes} values, and FlashInfer's {FLASHINFER_LATENT_SIZES}"
-        )
-    elif not model.mla and model.head_dim not in FLASHINFER_HEAD_DIMS:
-        no_flashinfer = f"the model's heads have {model.head_dim} values, and FlashInfer's {FLASHINFER_HEAD_DIMS}"
-    refusals = {"flashinfer": no_flashinfer, "c": None if kernels == "c" else "it needs --cpu-kernels c on a CPU"}
+    no_kernels = _why_no_gpu_attention(kernels, dtypes)
+    no_flashinfer = no_kernels or _why_no_flashinfer(model, kernels, shares_gpu)
+    no_triton = no_kernels if model.mla else "it has latent attention only, which this model does not use"
+    refusals = {
+        "flashinfer": no_flashinfer,
+        "triton": no_triton,
+        "c": None if kernels == "c" else "it needs --cpu-kernels c on a CPU",
+    }
     if args.attention_backend == "auto":
         if kernels in ("c", "torch"):
             return kernels, None
-        return ("torch", no_flashinfer) if no_flashinfer else ("flashinfer", None)
+        return next(name for name in ("flashinfer", "triton", "torch") if not refusals.get(name)), no_flashinfer
     if refusal := refusals.get(args.attention_backend):
         raise ConfigError(f"--attention-backend {args.attention_backend}: {refusal}; use torch or auto")
     return args.attention_backend, None
+
+
+def _why_no_gpu_attention(kernels: str, dtypes: tuple[str, str]) -> str | None:
+    if kernels in ("c", "torch"):
+        return "it needs a GPU, and this engine runs on the CPU"
+    if dtypes != ("bfloat16", "bfloat16"):
+        return f"it computes in bfloat16, and activations are {dtypes[0]}, the KV cache {dtypes[1]}"
+    return None
+
+
+def _why_no_flashinfer(model: ModelConfig, kernels: str, shares_gpu: bool) -> str | None:
+    if kernels == "triton":
+        return "FlashInfer is not installed, or there is no nvcc to compile its kernels"
+    if not model.mla:
+        if model.head_dim in FLASHINFER_HEAD_DIMS:
+            return None
+        return f"the model's heads have {model.head_dim} values, and FlashInfer's {FLASHINFER_HEAD_DIMS}"
+    sizes = model.mla.kv_lora_rank, model.mla.qk_rope_head_dim
+    if sizes != FLASHINFER_LATENT_SIZES:
+        return f"latent vectors and rotated keys have {sizes} values, and FlashInfer's {FLASHINFER_LATENT_SIZES}"
+    # Its programs wait for each other, and need all multiprocessors at once.
+    return "its kernel of latent attention hangs where ranks share a GPU" if shares_gpu else None
 
 
 def _why_no_cuda_graph(
@@ -328,7 +334,7 @@ def _why_no_cuda_graph(
 ) -> str | None:
     if args.disable_cuda_graph:
         return "--disable-cuda-graph is set"
-    if attention_backend != "flashinfer":
+    if attention_backend not in ("flashinfer", "triton"):
         return f"attention runs on {attention_backend}"
     if model.moe is not None and (quantization is None or moe_kernel == "torch"):
         return "the experts run on torch, which waits for the device"

@@ -104,8 +104,9 @@ class ServerArgs:
 
     attention_backend: str = flag(
         "auto",
-        "Kernels of attention. auto: flashinfer on a GPU where it is installed and has them, c or torch elsewhere.",
-        choices=("auto", "flashinfer", "torch", "c"),
+        "Kernels of attention. auto: on a GPU flashinfer where it is installed and has them, else triton for latent "
+        "attention (MLA), else torch; on a CPU c or torch.",
+        choices=("auto", "flashinfer", "triton", "torch", "c"),
     )
     disable_cuda_graph: bool = flag(False, "Launch every kernel of every step instead of replaying CUDA graphs.")
     cuda_graph_max_bs: int | None = flag(

@@ -119,7 +119,7 @@ def _gpu_environment(config: EngineConfig) -> dict[str, str]:
             "milliseconds a layer. Start it with: nvidia-cuda-mps-control -d",
             config.ranks_per_gpu,
         )
-    return multi_rank_gpu_environment(config.ranks_per_gpu, config.divides_multiprocessors)
+    return multi_rank_gpu_environment(config.ranks_per_gpu)
 
 
 def is_mps_running() -> bool:

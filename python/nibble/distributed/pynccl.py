@@ -294,10 +294,8 @@ class PyNcclCommunicator(Communicator):
             raise self._refusal(call, f"{name} must be another rank between 0 and {self.world_size - 1}, got {peer}")
 
 
-def multi_rank_gpu_environment(ranks_per_gpu: int, divides_multiprocessors: bool = False) -> dict[str, str]:
+def multi_rank_gpu_environment(ranks_per_gpu: int) -> dict[str, str]:
     """The environment that NCCL needs in ranks which share GPUs, `ranks_per_gpu` on each. What is set stays as it is.
-
-    With `divides_multiprocessors` a rank's kernels keep to its share of the GPU's multiprocessors.
 
     Without NVIDIA's Multi-Process Service the kernels of such ranks take turns, and a collective takes milliseconds
     instead of microseconds. On GPUs with fewer than 64 multiprocessors set NCCL_MAX_NCHANNELS to a smaller number.
@@ -319,8 +317,6 @@ def multi_rank_gpu_environment(ranks_per_gpu: int, divides_multiprocessors: bool
             "NCCL_NVLS_ENABLE": "0",  # NVLink multicast takes every GPU once
             "NCCL_MAX_NCHANNELS": str(max(1, CHANNELS_PER_GPU // ranks_per_gpu)),
         }
-        if divides_multiprocessors:
-            wanted["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(max(1, 100 // ranks_per_gpu))
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Protocol
 
 import torch
@@ -26,6 +27,12 @@ class AttentionBatch:
             for query_len, seq_len, table in zip(self.query_lens, self.seq_lens, self.page_tables, strict=True)
             for position in range(seq_len - query_len, seq_len)
         ]
+
+    def page_lists(self, page_size: int) -> tuple[list[int], list[int]]:
+        """Where the pages of each of the B sequences begin, and end, [B + 1], and the pages of all, one list."""
+        counts = [-(-length // page_size) for length in self.seq_lens]
+        tables = (table[:count] for table, count in zip(self.page_tables, counts, strict=True))
+        return [0, *accumulate(counts)], list(chain.from_iterable(tables))
 
 
 class AttentionStep(Protocol):

@@ -6,7 +6,7 @@ cache.
 """
 
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -69,16 +69,10 @@ class FlashInferBackend:
         wrapper.plan(*self._pages(batch), head_dim=self._head_dim, **self._shape)
 
     def _pages(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`page_lists`, and the tokens in the last page of each sequence [B]."""
+        """The batch's page lists, and the tokens in the last page of each sequence [B], on the host."""
         size = self.pool.page_size
-        return *page_lists(batch, size), int32([(length - 1) % size + 1 for length in batch.seq_lens])
-
-
-def page_lists(batch: AttentionBatch, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of B sequences, on the host: where the pages of each begin, and end [B + 1], and the pages of all."""
-    counts = [-(-length // page_size) for length in batch.seq_lens]
-    tables = (table[:count] for table, count in zip(batch.page_tables, counts, strict=True))
-    return int32([0, *accumulate(counts)]), int32(list(chain.from_iterable(tables)))
+        first_pages, pages = batch.page_lists(size)
+        return int32(first_pages), int32(pages), int32([(length - 1) % size + 1 for length in batch.seq_lens])
 
 
 class FlashInferStep:

@@ -8,7 +8,7 @@ import torch
 
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch
-from nibble.layers.attention.flashinfer_backend import WORKSPACE_BYTES, int32, page_lists
+from nibble.layers.attention.flashinfer_backend import WORKSPACE_BYTES, int32
 from nibble.utils.transfer import to_device
 
 
@@ -54,11 +54,11 @@ class FlashInferMlaBackend:
         return FlashInferMlaGraphStep(self, wrapper, torch.zeros(rows, dtype=torch.int64, device=self.pool.device))
 
     def plan_wrapper(self, wrapper: Any, batch: AttentionBatch) -> None:
-        first_pages, pages = page_lists(batch, self.pool.page_size)
+        first_pages, pages = batch.page_lists(self.pool.page_size)
         wrapper.plan(
             qo_indptr=int32([0, *accumulate(batch.query_lens)]),
-            kv_indptr=first_pages,
-            kv_indices=pages,
+            kv_indptr=int32(first_pages),
+            kv_indices=int32(pages),
             kv_len_arr=int32(list(batch.seq_lens)),
             **self._shape,
         )

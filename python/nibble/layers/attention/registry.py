@@ -22,6 +22,11 @@ def create_attention_backend(config: EngineConfig, pool: KvCachePool) -> Attenti
             from nibble.layers.attention.flashinfer_backend import FlashInferBackend
 
             return FlashInferBackend(pool, config.parallel.share_of(config.model).num_heads, torch_dtype(config.dtype))
+        case "triton":
+            from nibble.layers.attention.triton_mla_backend import TritonMlaBackend
+
+            assert config.model.mla is not None
+            return TritonMlaBackend(pool, config.model.mla.kv_lora_rank, config.model.softmax_scale)
         case "c":
             from nibble.layers.attention.cpu_backend import CpuAttentionBackend
 
