@@ -3,10 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+
+from gpu_lock import GpuLock
 
 COMPILED_BY_FLASHINFER = (
     "test_layer_kernels_gpu.py",
@@ -41,6 +44,12 @@ def flashinfer_compilers() -> Iterator[list[subprocess.Popen[bytes]]]:
     for compiler in compilers:
         compiler.kill()
         compiler.wait()
+
+
+@pytest.fixture(autouse=True)
+def gpu_lock() -> Iterator[GpuLock]:
+    with ExitStack() as stack:
+        yield GpuLock(stack)
 
 
 @pytest.fixture(autouse=True)

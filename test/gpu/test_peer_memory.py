@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import peer_memory_ranks as on_rank
+from gpu_lock import GpuLock
 from rank_processes import RankProcesses
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +74,9 @@ def test_a_rank_that_does_not_come_is_named_and_the_gpu_stays_usable(ranks: Rank
     assert messages == [expected] * last + [""], messages
 
 
-def test_closing_gives_the_memory_back(ranks: RankProcesses) -> None:
+def test_closing_gives_the_memory_back(ranks: RankProcesses, gpu_lock: GpuLock) -> None:
+    if ranks.world_size != 4:
+        pytest.skip("one number of ranks is enough")
+    gpu_lock.alone()
     used, *_ = ranks.run(on_rank.used_memory_after_rejoining, times=4)
     assert used[3] - used[1] < 300, f"MiB in use after each time: {used}"
