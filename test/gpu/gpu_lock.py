@@ -4,6 +4,7 @@ import fcntl
 import os
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
 
 class GpuLock:
@@ -11,7 +12,8 @@ class GpuLock:
 
     def __init__(self, stack: ExitStack) -> None:
         path = f"{tempfile.gettempdir()}/nibble-gpu-tests-{os.getuid()}"
-        self._gate, self._gpu = (stack.enter_context(open(f"{path}-{name}.lock", "w")) for name in ("gate", "gpu"))
+        gate, gpu = (Path(f"{path}-{name}.lock").open("w") for name in ("gate", "gpu"))
+        self._gate, self._gpu = stack.enter_context(gate), stack.enter_context(gpu)
         self._take(fcntl.LOCK_SH)
 
     def alone(self) -> None:
