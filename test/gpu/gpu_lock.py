@@ -4,16 +4,13 @@ import fcntl
 import os
 import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 
 
 class GpuLock:
-    """Workers of pytest-xdist share the GPU; a test that measures all of it takes it `alone`."""
+    """Workers of pytest-xdist share the GPU; a test that measures all of it takes it `alone`. Held until `stack` ends."""
 
     def __init__(self, stack: ExitStack) -> None:
-        path = f"{tempfile.gettempdir()}/nibble-gpu-tests-{os.getuid()}"
-        gate, gpu = (Path(f"{path}-{name}.lock").open("w") for name in ("gate", "gpu"))
-        self._gate, self._gpu = stack.enter_context(gate), stack.enter_context(gpu)
+        self._gate, self._gpu = (_opened(name, stack) for name in ("gate", "gpu"))
         self._take(fcntl.LOCK_SH)
 
     def alone(self) -> None:
@@ -24,3 +21,9 @@ class GpuLock:
         fcntl.flock(self._gate, fcntl.LOCK_EX)  # so that nobody overtakes who waits
         fcntl.flock(self._gpu, kind)
         fcntl.flock(self._gate, fcntl.LOCK_UN)
+
+
+def _opened(name: str, stack: ExitStack) -> int:
+    file = os.open(f"{tempfile.gettempdir()}/nibble-gpu-tests-{os.getuid()}-{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    stack.callback(os.close, file)
+    return file
