@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 
 class GpuLock:
-    """Workers of pytest-xdist share the GPU; a test that measures all of it takes it `alone`. Held until `stack` ends."""
+    """Workers of pytest-xdist share the GPU; a test that measures all of it takes it `alone`. Held till `stack` ends."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._gate, self._gpu = (_opened(name, stack) for name in ("gate", "gpu"))
