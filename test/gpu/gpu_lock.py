@@ -7,9 +7,10 @@ from contextlib import ExitStack
 
 
 class GpuLock:
-    """Workers of pytest-xdist share the GPU; a test that measures all of it takes it `alone`. Held till `stack` ends."""
+    """Workers of pytest-xdist share the GPU; a test that measures all of it takes it `alone`."""
 
     def __init__(self, stack: ExitStack) -> None:
+        """Shared until `stack` ends."""
         self._gate, self._gpu = (_opened(name, stack) for name in ("gate", "gpu"))
         self._take(fcntl.LOCK_SH)
 
