@@ -1,6 +1,8 @@
 """Texts end before the first match of a stop regex, and never show a beginning of one."""
 
+import collections
 import re
+import time
 from itertools import pairwise
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from fake_engine import COMPLETIONS, REPLY, Api
 from nibble.tokenizer.detokenizer import IncrementalDetokenizer
-from nibble.tokenizer.stop_regex import StopRegexMatcher, compile_stop_regex
+from nibble.tokenizer.stop_regex import MAX_SIZE, SEARCH_BUDGET_S, StopRegexMatcher, compile_stop_regexes
 from nibble.utils.errors import RequestError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -93,7 +95,81 @@ def test_what_can_end_no_text_is_refused(patterns, message):
 
 
 def test_a_regex_that_takes_too_long_fails_its_request():
-    assert isinstance(compile_stop_regex(CATASTROPHE), regex.Pattern)
+    compile_stop_regexes((CATASTROPHE,))
     matcher = StopRegexMatcher([CATASTROPHE])
     with pytest.raises(RequestError, match="takes too long"):
         matcher.push("x" * 5000)
+
+
+def test_many_slow_regexes_share_one_budget():
+    """64 that took a little less than what each was allowed held up everybody for as often as much."""
+    matcher = StopRegexMatcher([f"[a-f ]*[b-e ]*{'x' * count}Q" for count in range(1, 64)])
+    longest = 0.0
+
+    def push() -> None:
+        nonlocal longest
+        started = time.thread_time()
+        try:
+            matcher.push("abcdef ")
+        finally:
+            longest = max(longest, time.thread_time() - started)
+
+    with pytest.raises(RequestError, match="takes too long"):
+        collections.deque((push() for _ in range(20_000)), maxlen=0)
+    assert longest < 5 * SEARCH_BUDGET_S
+
+
+def test_sound_regexes_do_not_use_up_their_budget_over_a_long_answer():
+    matcher = StopRegexMatcher([r"\n\n+#", "END[0-9]{3}", r"(?i)observation\s*:"])
+    for _ in range(5000):
+        assert matcher.push("some text, ")[1] is None
+
+
+BOMBS = [
+    "(?:(?:(?:a{60}){60}){60}){60}",
+    "(?:((?:[ab]{30,}){30,40}c)?){30}",
+    "(?:a{60}(?#why not)){60}{60}",
+    "(?V1)(?:[[)]{60}b]{60}){60}",
+    f"a{{{'9' * 1000}}}",
+    ["[ab]{60}" * 20] * 60,
+]
+
+
+@pytest.mark.parametrize("patterns", BOMBS, ids=range(len(BOMBS)))
+def test_a_regex_that_would_be_huge_when_compiled_is_refused_before_it_is(patterns, monkeypatch):
+    """One of them froze the server for 23 s and took 5.7 GB."""
+    monkeypatch.setattr("regex.compile", lambda *_, **__: pytest.fail("it is compiled"))
+    error = Api().error(COMPLETIONS, {"prompt": "Hi", "stop_regex": patterns})
+    assert error["param"] == "stop_regex" and f"{MAX_SIZE} characters together" in error["message"]
+
+
+def test_repeats_that_could_hide_in_verbose_mode_are_refused_with_it():
+    error = Api().error(COMPLETIONS, {"prompt": "Hi", "stop_regex": "(?ix)(?:a{6 0}#\n){60}"})
+    assert error["param"] == "stop_regex" and "flag x" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", "01234567-89ab-cdef-0123-456789abcdef"),
+        (r"(?:[0-9]{1,3}\.){3}[0-9]{1,3}", "127.0.0.1"),
+        (r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}(?::[0-9]{2}){0,1}Z", "2026-01-02T03:04Z"),
+        ('{"a{2}x{3,4', '{"aax{3,4'),
+        ("(?:-{3}|={3}){10}", "---===" * 5),
+    ],
+)
+def test_repeats_that_people_write_are_taken(pattern, text):
+    assert StopRegexMatcher([pattern]).push(f"see {text}")[1] == pattern
+
+
+def test_a_requests_regexes_are_compiled_once_for_all_its_choices(monkeypatch):
+    compiled = []
+    compile_one = regex.compile
+
+    def counting(pattern, **options):
+        compiled.append(pattern)
+        return compile_one(pattern, **options)
+
+    monkeypatch.setattr("regex.compile", counting)
+    Api().result(COMPLETIONS, {"prompt": ["Hi", "Ho"], "n": 3, "stop_regex": ["compiled once", "and so is this"]})
+    assert compiled == ["compiled once", "and so is this"]

@@ -8,7 +8,7 @@ import msgspec
 from nibble.entrypoints.engine_protocol import EngineClient
 from nibble.generation import GenerationRequest
 from nibble.sampling_params import SamplingParams, validate_sampling_params, validate_token_ids
-from nibble.tokenizer.stop_regex import compile_stop_regex
+from nibble.tokenizer.stop_regex import compile_stop_regexes
 from nibble.utils.errors import RequestError
 
 MAX_PRIORITY = 100
@@ -54,8 +54,7 @@ def choices_of_prompt(
     _check_rank(options.data_parallel_rank, engine.dp_size)
     _check_priority(options.priority, engine.takes_priorities)
     validate_sampling_params(sampling, engine.vocab_size)
-    for pattern in sampling.stop_regex:
-        compile_stop_regex(pattern)
+    compile_stop_regexes(sampling.stop_regex)
     validate_token_ids("token_ids_logprob", options.token_ids_logprob, engine.vocab_size)
     _check_logprob_start(options.logprob_start_len, len(input_ids))
     return [

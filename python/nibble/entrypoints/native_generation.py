@@ -1,5 +1,6 @@
 """What `/generate` does, for HTTP and for programs alike."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -61,6 +62,7 @@ class NativeGeneration:
                 client_id, prompt_id = shared_id, f"{shared_id}-{index}" if len(prompts) > 1 else shared_id
             sampling = param.sampling_params(limit)
             choices += choices_of_prompt(engine, client_id, prompt_id, input_ids, sampling, options, field)
+            await asyncio.sleep(0)  # others run: each prompt may have stop_regex of its own to compile
         return choices
 
     def _is_list(self, choices: Sequence[Choice]) -> bool:

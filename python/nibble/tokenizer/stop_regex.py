@@ -1,27 +1,89 @@
 """Regular expressions that end a text."""
 
+import time
 from collections.abc import Sequence
+from functools import lru_cache
 
 import regex
 
 from nibble.utils.errors import RequestError
 
-TIMEOUT_S = 0.05
-"""For one look at the newest character of a text; a sound expression takes microseconds."""
+MAX_SIZE = 4096
+"""Of all expressions of a request: characters, repeats written out. Compiling them takes at most about 20 ms and 2 MB."""
+SEARCH_BUDGET_S = 0.1
+"""CPU time that the searches of one request may take at once."""
+REFILL_S = 10e-6
+"""What comes back to the budget with each search: several times what one for a sound expression takes."""
+
+_REPEAT = regex.compile(r"\{(\d+)(?:,\d*)?\}")
+_VERBOSE = regex.compile(r"\(\?[\w-]*x")
 
 
-def compile_stop_regex(pattern: str) -> regex.Pattern[str]:
-    """Raises RequestError for what is no regular expression, or matches where there is no text."""
+@lru_cache(maxsize=16)  # the check of a request and all its choices share what is compiled
+def compile_stop_regexes(patterns: tuple[str, ...]) -> dict[str, regex.Pattern[str]]:
+    """By expression. Raises RequestError for those that are no regular expressions, match where there is no text or
+    are larger than MAX_SIZE together."""
+    if sum(map(_expanded_size, patterns)) > MAX_SIZE:
+        largest = max(patterns, key=_expanded_size)
+        raise RequestError(
+            f"stop_regex is too large: its expressions may have {MAX_SIZE} characters together, the repeats {{m,n}}"
+            f" written out m times; simplify {largest[:80]!r}",
+            "stop_regex",
+        )
+    budget = _SearchBudget()
+    return {pattern: _compile(pattern, budget) for pattern in patterns}
+
+
+class _SearchBudget:
+    """CPU time, of which other threads and processes take none away."""
+
+    def __init__(self) -> None:
+        self._left = SEARCH_BUDGET_S
+
+    def search(
+        self, compiled: regex.Pattern[str], text: str, begin: int, end: int, partial: bool
+    ) -> "regex.Match[str] | None":
+        """Raises RequestError when the budget is spent."""
+        started = time.thread_time()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            return compiled.search(text, pos=begin, endpos=end, partial=partial, timeout=self._left)
+        except TimeoutError:
+            shown = compiled.pattern[:80]
+            raise RequestError(f"stop_regex {shown!r} takes too long to look for; simplify it", "stop_regex") from None
+        finally:
+            self._left = min(self._left + REFILL_S - (time.thread_time() - started), SEARCH_BUDGET_S)
+
+
+def _expanded_size(pattern: str) -> int:
+    """At least what the compiler makes of a pattern, which writes m copies of what must come m times.
+
+    A count after a group, or after another count, may stand around any of the others, so it multiplies them all; one
+    after a character or a set stands for itself. Raises RequestError in verbose mode, where that can't be seen.
+    """
+    if _VERBOSE.search(pattern):
+        raise RequestError(
+            f"stop_regex holds {pattern[:80]!r}; its flag x is not supported, write it out", "stop_regex"
+        )
+    size, factor = len(pattern), 1
+    for repeat in _REPEAT.finditer(pattern):
+        count = int(repeat[1])
+        if pattern[: repeat.start()].endswith((")", "}", "?", "*", "+")):
+            factor *= max(count, 1)
+        else:
+            size += count
+    return size * factor
+
+
+def _compile(pattern: str, budget: _SearchBudget) -> regex.Pattern[str]:
     try:
-        compiled = regex.compile(pattern)
-        matches_nothing = compiled.search("", timeout=TIMEOUT_S) is not None
+        compiled = regex.compile(pattern, cache_pattern=False)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise RequestError(
             f"stop_regex holds {pattern[:80]!r}, which is no regular expression: {error}", "stop_regex"
         ) from None
-    except TimeoutError:
-        raise _too_slow(pattern) from None
-    if matches_nothing:
+    if budget.search(compiled, "", 0, 0, partial=False) is not None:
         raise RequestError(
             f"stop_regex holds {pattern[:80]!r}, which matches the empty text and would end every answer at once",
             "stop_regex",
@@ -37,7 +99,8 @@ class StopRegexMatcher:
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        self._patterns = {pattern: compile_stop_regex(pattern) for pattern in patterns}
+        self._patterns = compile_stop_regexes(tuple(patterns))
+        self._budget = _SearchBudget()
         self._text = ""
         self._begin = dict.fromkeys(patterns, 0)
         """Before this place no match can begin any more."""
@@ -62,19 +125,10 @@ class StopRegexMatcher:
 
     def _match(self, pattern: str, end: int) -> int | None:
         """Where a match begins that is complete at `end`."""
-        try:
-            match = self._patterns[pattern].search(
-                self._text, pos=self._begin[pattern], endpos=end, partial=True, timeout=TIMEOUT_S
-            )
-        except TimeoutError:
-            raise _too_slow(pattern) from None
+        match = self._budget.search(self._patterns[pattern], self._text, self._begin[pattern], end, partial=True)
         self._begin[pattern] = end if match is None else match.start()
         return None if match is None or match.partial else match.start()
 
     def _show(self, end: int) -> str:
         shown, self._shown = self._text[self._shown : end], max(end, self._shown)
         return shown
-
-
-def _too_slow(pattern: str) -> RequestError:
-    return RequestError(f"stop_regex {pattern[:80]!r} takes too long to look for; simplify it", "stop_regex")
