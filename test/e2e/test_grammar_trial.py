@@ -1,6 +1,7 @@
 """Grammars are compiled on trial, in a process that can be stopped, before any rank sees them."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import psutil
@@ -8,14 +9,14 @@ import pytest
 
 from nibble.config.resolve import EngineConfig, resolve
 from nibble.config.server_args import ServerArgs
-from nibble.controller import grammars as module
+from nibble.controller import grammar_trial, grammars
 from nibble.controller.async_engine import AsyncEngine
 from nibble.controller.grammars import Grammars
 from nibble.generation import GenerationRequest
 from nibble.ipc.messages import CompileGrammar, ForgetGrammar, GrammarCompiled, ToRank
 from nibble.sampling_params import SamplingParams
 from nibble.structured_output.grammar import Grammar, make_grammar, regex_format
-from nibble.utils.errors import EngineDeadError, RequestError
+from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
 from server_process import DEMO_MODEL
 
 TOO_SLOW = "|".join(f"[a-z]{{1,{length}}}x{length}" for length in range(1000, 1400))
@@ -39,16 +40,20 @@ class Ranks:
         self.sent: list[ToRank] = []
         self.answer = True
 
+    @property
+    def compiled(self) -> list[str]:
+        return [message.key for message in self.sent if isinstance(message, CompileGrammar)]
+
     def send(self, message: ToRank) -> None:
         self.sent.append(message)
         if isinstance(message, CompileGrammar) and self.answer:
             for rank in (1, 0):
                 self.grammars.on_compiled(GrammarCompiled(rank, message.key, None))
 
-    async def prepare(self, pattern: str) -> str | None:
+    async def prepare(self, pattern: str, given_up: asyncio.Future[None] | None = None) -> str | None:
         """The field at fault, and why."""
         try:
-            await self.grammars.prepare(regex(pattern))
+            await self.grammars.prepare(regex(pattern), given_up or asyncio.Future())
         except RequestError as error:
             return f"{error.field}: {error}"
         return None
@@ -59,7 +64,7 @@ class Ranks:
 
 
 def test_the_life_of_grammars(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_KEPT_GRAMMARS", 2)
+    monkeypatch.setattr(grammars, "MAX_KEPT_GRAMMARS", 2)
 
     async def live() -> None:
         ranks = Ranks(tmp_path)
@@ -70,12 +75,12 @@ def test_the_life_of_grammars(tmp_path, monkeypatch):
         assert refusal.startswith("regex: ") and "parenthesis" in refusal
         assert len(ranks.sent) == 1, "no rank sees what is refused"
 
-        monkeypatch.setattr(module, "COMPILE_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(grammar_trial, "COMPILE_TIMEOUT_S", 0.5)
         assert "takes longer than 0.5 s" in (await ranks.prepare(TOO_SLOW) or "")
-        monkeypatch.setattr(module, "COMPILE_TIMEOUT_S", 20)
-        monkeypatch.setattr(module, "MAX_COMPILED_BYTES", 100)
+        monkeypatch.setattr(grammar_trial, "COMPILE_TIMEOUT_S", 20)
+        monkeypatch.setattr(grammars, "MAX_COMPILED_BYTES", 100)
         assert "bytes when compiled, more than the limit of 100" in (await ranks.prepare("a{3}") or "")
-        monkeypatch.setattr(module, "MAX_COMPILED_BYTES", 2**26)
+        monkeypatch.setattr(grammars, "MAX_COMPILED_BYTES", 2**26)
 
         assert await ranks.prepare("ab") is None, "another process has taken over, and two others were forgotten"
         forgotten = [message.key for message in ranks.sent if isinstance(message, ForgetGrammar)]
@@ -87,7 +92,7 @@ def test_the_life_of_grammars(tmp_path, monkeypatch):
         assert await ranks.prepare("cd") is None, "nor does it matter who ends the process"
 
         ranks.answer = False
-        waiting = asyncio.create_task(ranks.grammars.prepare(regex("never")))
+        waiting = asyncio.create_task(ranks.prepare("never"))
         while not isinstance(ranks.sent[-1], CompileGrammar) or ranks.sent[-1].key != regex("never").key:
             await asyncio.sleep(0.01)
         ranks.grammars.on_compiled(GrammarCompiled(0, regex("never").key, None))
@@ -98,6 +103,114 @@ def test_the_life_of_grammars(tmp_path, monkeypatch):
             await waiting
 
     asyncio.run(live())
+
+
+def trial_process() -> psutil.Process:
+    return psutil.Process().children()[0]
+
+
+def live_with_ranks(tmp_path: Path, life: Callable[[Ranks], Awaitable[None]]) -> None:
+    async def live() -> None:
+        ranks = Ranks(tmp_path)
+        try:
+            await life(ranks)
+        finally:
+            await ranks.end()
+
+    asyncio.run(live())
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(tmp_path, monkeypatch):
+    """Grammars of clients that had gone away held up everybody's for as long as all of them took."""
+    monkeypatch.setattr(grammar_trial, "COMPILE_TIMEOUT_S", 60)
+
+    async def life(ranks: Ranks) -> None:
+        await ranks.prepare("first")
+        trial_process().suspend()
+        begun = asyncio.create_task(ranks.prepare("begun"))
+        given_up = [asyncio.Future() for _ in range(2)]
+        aborted = [asyncio.create_task(ranks.prepare(f"aborted{i % 2}", given_up[i % 2])) for i in range(4)]
+        shared = [asyncio.create_task(ranks.prepare("shared")) for _ in range(2)]
+        left = asyncio.create_task(ranks.prepare("left"))
+        last = asyncio.create_task(ranks.prepare("last"))
+        await asyncio.sleep(0.1)
+        for end in given_up:
+            end.set_result(None)
+        for client in (begun, shared[0], left):
+            client.cancel()
+        assert await asyncio.wait_for(asyncio.gather(*aborted), 5) == [None] * 4, "they wait for nothing"
+        trial_process().resume()
+        assert await asyncio.gather(shared[1], last) == [None, None]
+        assert ranks.compiled == [regex(pattern).key for pattern in ("first", "begun", "shared", "last")]
+
+    live_with_ranks(tmp_path, life)
+
+
+async def prepare_while_killing(ranks: Ranks, pattern: str, times: int) -> str | None:
+    """Kills the process while it compiles, and those that follow it."""
+    process = trial_process()
+    process.suspend()
+    preparing = asyncio.create_task(ranks.prepare(pattern))
+    await asyncio.sleep(0.1)
+    for _ in range(times - 1):
+        process.kill()
+        while not (others := [child for child in psutil.Process().children() if child != process]):
+            await asyncio.sleep(0.01)
+        process = others[0]
+    process.kill()
+    return await preparing
+
+
+def test_who_kills_the_trial_process_does_not_make_a_grammar_wrong(tmp_path):
+    """It was said to take too much memory, for ever."""
+
+    async def life(ranks: Ranks) -> None:
+        await ranks.prepare("first")
+        assert await prepare_while_killing(ranks, "once", 1) is None, "another process compiles it"
+        with pytest.raises(OverloadedError, match="was killed"):
+            await prepare_while_killing(ranks, "twice", 2)
+        assert await ranks.prepare("twice") is None, "and that is not kept"
+
+    live_with_ranks(tmp_path, life)
+
+
+def test_a_grammar_that_takes_too_much_memory_is_refused_and_stays_so(tmp_path):
+    async def life(ranks: Ranks) -> None:
+        await ranks.prepare("first")
+        memory = trial_process().memory_info().vms
+        trial_process().rlimit(psutil.RLIMIT_AS, (memory, memory))
+        assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
+        assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
+        assert ranks.compiled == [regex("first").key]
+
+    live_with_ranks(tmp_path, life)
+
+
+def test_all_that_is_kept_has_a_limit_together(tmp_path, monkeypatch):
+    """64 grammars of 64 MiB were 4 GiB in each rank."""
+
+    async def life(ranks: Ranks) -> None:
+        for pattern in ("a{10}", "b{10}", "a{10}", "c{10}"):
+            await ranks.prepare(pattern)
+        num_bytes = sum(preparation.num_bytes for preparation in ranks.grammars._prepared.values())
+        monkeypatch.setattr(grammars, "MAX_KEPT_BYTES", num_bytes + 100)
+        await ranks.prepare("d{10}")
+        assert ranks.sent[-2:] == [
+            ForgetGrammar(regex("b{10}").key),
+            CompileGrammar(regex("d{10}").key, regex("d{10}").structural_tag),
+        ]
+
+    live_with_ranks(tmp_path, life)
+
+
+def test_nothing_is_imported_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "psutil.py").write_text("raise SystemExit('this is no part of the program')")
+    monkeypatch.chdir(tmp_path)
+
+    async def life(ranks: Ranks) -> None:
+        assert await ranks.prepare("ab") is None
+
+    live_with_ranks(tmp_path, life)
 
 
 def test_a_server_without_grammars_refuses_them_by_name():

@@ -53,6 +53,26 @@ def test_a_client_that_disconnects_has_its_generations_aborted(api, path, stream
 
 
 @ROUTES
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_request_whose_task_is_cancelled_by_the_stopping_server_is_told_so(api, path, stream):
+    """The last resort of uvicorn, which used to send a plain-text 500."""
+    sent: list[dict[str, Any]] = []
+
+    async def ask_until_the_server_stops() -> None:
+        asking = asyncio.create_task(conversation(api, path, {**BODIES[path], "stream": stream}, sent))
+        await until(lambda: api.engine.requests)
+        await asyncio.sleep(0.005)
+        asking.cancel()
+        await asking
+
+    api.engine.hang_after = 0
+    api.run(ask_until_the_server_stops())
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "engine_dead"
+    assert len(api.engine.cut_short) == 1
+
+
+@ROUTES
 def test_a_client_that_disconnects_while_it_is_too_slow_to_read_has_its_generation_aborted(api, path):
     async def ask_read_two_events_and_leave() -> list[str]:
         leave = asyncio.Event()

@@ -47,6 +47,7 @@ from nibble.ipc.progress import ProgressBoard
 from nibble.observability.rank_stats import RankStats
 from nibble.observability.request_context import current_request
 from nibble.sampling_params import validate_sampling_params
+from nibble.tokenizer.stop_regex import compile_stop_regexes
 from nibble.tokenizer.tokenizer import Tokenizer
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
 
@@ -195,10 +196,6 @@ class AsyncEngine:
         """
         state = self._register(request)
         try:
-            if request.sampling.grammar is not None:
-                await self._grammars.prepare(request.sampling.grammar)
-            if not state.has_ended:
-                self._dispatch(state)
             output = await self._first_output(state)
             yield output
             while output.finish_reason is None:
@@ -208,9 +205,14 @@ class AsyncEngine:
             self._forget(state)
 
     async def _first_output(self, state: RequestState) -> GenerationOutput:
-        timeout = self.config.args.queue_timeout
+        timeout, grammar = self.config.args.queue_timeout, state.request.sampling.grammar
         try:
-            return await asyncio.wait_for(state.next_output(), timeout)
+            async with asyncio.timeout(timeout):
+                if grammar is not None:
+                    await self._grammars.prepare(grammar, state.given_up)
+                if not state.has_ended:
+                    self._dispatch(state)
+                return await state.next_output()
         except TimeoutError:
             raise OverloadedError(f"no token came within --queue-timeout {timeout:g} s; the server is busy") from None
 
@@ -218,7 +220,8 @@ class AsyncEngine:
         """Ends the request with finish reason "abort"; an unknown one has ended already."""
         state = self._requests.get(request_id)
         if state is not None:
-            self._send(state.rank, AbortRequest(request_id))
+            if state.occupies_rank:
+                self._send(state.rank, AbortRequest(request_id))
             state.end_aborted("aborted by the client")
 
     def flush_cache(self) -> None:
@@ -268,6 +271,7 @@ class AsyncEngine:
     def _register(self, request: GenerationRequest) -> RequestState:
         self._check(request)
         self._check_capacity()
+        compile_stop_regexes(request.sampling.stop_regex)
         booking = self._balancer.book(request.input_ids, request.sampling.max_new_tokens, request.data_parallel_rank)
         state = RequestState(request, booking, self.tokenizer)
         self._requests[request.request_id] = state
@@ -294,6 +298,7 @@ class AsyncEngine:
         )
         for peer in range(self.dp_size):
             self._send(peer, message if peer == rank else Wake(self._sequence))
+        state.is_dispatched = True
 
     def _check(self, request: GenerationRequest) -> None:
         validate_sampling_params(request.sampling, self.vocab_size)
@@ -334,7 +339,7 @@ class AsyncEngine:
     def _forget(self, state: RequestState) -> None:
         if self._requests.pop(state.request.request_id, None) is not None:
             self._balancer.release(state.booking)
-            if not state.rank_has_finished and self._state != "dead":
+            if state.occupies_rank and self._state != "dead":
                 self._send(state.rank, AbortRequest(state.request.request_id))
 
     # Messages
@@ -412,8 +417,8 @@ class AsyncEngine:
         watchdog = Watchdog(self.config.parallel.world_size, timeout, interval)
         while True:
             await asyncio.sleep(interval)
-            running = (state for state in self._requests.values() if not state.rank_has_finished)
-            busy = {self.config.parallel.first_rank(state.rank) for state in running}
+            ranks_at_work = {state.rank for state in self._requests.values() if state.occupies_rank}
+            busy = {self.config.parallel.first_rank(rank) for rank in ranks_at_work}
             if stuck := watchdog.stuck(self._progress.read(), busy):
                 ranks = " and ".join(f"rank {rank}" for rank in stuck)
                 assert self._supervisor is not None

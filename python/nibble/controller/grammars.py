@@ -1,61 +1,92 @@
 """Sees to it that every rank has compiled a request's grammar before it gets the request."""
 
 import asyncio
-import contextlib
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from nibble.config.resolve import EngineConfig
-from nibble.controller.grammar_trial_process import TrialGrammar, TrialResult, TrialSetup
+from nibble.controller.grammar_trial import GrammarTrial
 from nibble.ipc.messages import CompileGrammar, ForgetGrammar, GrammarCompiled, ToRank, vocabulary_path
 from nibble.structured_output.grammar import Grammar
-from nibble.utils.errors import RequestError
+from nibble.utils.errors import OverloadedError, RequestError
 
-COMPILE_TIMEOUT_S = 10.0
 MAX_COMPILED_BYTES = 64 * 2**20
 """Of one grammar, in each rank."""
 MAX_KEPT_GRAMMARS = 64
-_START_TIMEOUT_S = 120.0
-_LINE_LIMIT = 2**20
+MAX_KEPT_BYTES = 256 * 2**20
+"""Of all grammars, in each rank."""
+
+_Refusal = str | OverloadedError
+"""What is wrong with a grammar, or with the server."""
+
+
+@dataclass(eq=False)
+class _Preparation:
+    """Of one grammar."""
+
+    structural_tag: str
+    task: "asyncio.Task[_Refusal | None]" = field(init=False)
+    num_waiting: int = 0
+    """Requests."""
+    has_begun: bool = False
+    num_bytes: int = 0
+    """When compiled."""
 
 
 class Grammars:
     """A grammar is first compiled in a process of its own, which can be stopped when it takes too long or too much,
     and then, in the background, by each rank.
 
-    What has been compiled is kept, least recently used forgotten first; what was refused stays refused.
+    They are compiled one after the other, those that nobody waits for any more not at all. What has been compiled is
+    kept, least recently used forgotten first; what was refused stays refused.
     """
 
     def __init__(self, config: EngineConfig, run_dir: Path, send_to_all: Callable[[ToRank], None]) -> None:
-        self._trial = _Trial(config, vocabulary_path(run_dir))
+        self._trial = GrammarTrial(config, vocabulary_path(run_dir))
+        self._turn = asyncio.Lock()
         self._send_to_all = send_to_all
         self._num_ranks = config.parallel.world_size
-        self._prepared: OrderedDict[str, asyncio.Task[str | None]] = OrderedDict()
-        """By key: why the grammar is refused, or None."""
+        self._prepared: OrderedDict[str, _Preparation] = OrderedDict()
+        """By key."""
         self._failure: Exception | None = None
         self._compiling: dict[str, tuple[set[int], asyncio.Future[str | None]]] = {}
 
-    async def prepare(self, grammar: Grammar) -> None:
-        """Returns when a request with this grammar may be sent, as long as nothing is awaited before it is.
+    async def prepare(self, grammar: Grammar, given_up: asyncio.Future[None]) -> None:
+        """Returns when a request with this grammar may be sent, as long as nothing is awaited before it is, or when
+        the request is `given_up`.
 
-        Raises RequestError, which names the grammar's field, for what is refused, or what `fail` was told.
+        Raises RequestError, which names the grammar's field, for what is refused, OverloadedError when it could not be
+        tried, or what `fail` was told.
         """
-        key = grammar.key
-        while True:
-            task = self._prepared.get(key) or self._begin(grammar)
-            self._prepared.move_to_end(key)
-            refusal = await asyncio.shield(task)
+        while not given_up.done():
+            preparation = self._prepared.get(grammar.key) or self._begin(grammar)
+            self._prepared.move_to_end(grammar.key)
+            await self._wait(grammar.key, preparation, given_up)
             if self._failure is not None:
                 raise self._failure
+            if not preparation.task.done():
+                continue
+            refusal = preparation.task.result()
+            if isinstance(refusal, OverloadedError):
+                raise refusal
             if refusal is not None:
                 raise RequestError(f"{grammar.field} can't be used: {refusal}", grammar.field)
-            if self._prepared.get(key) is task:  # it was not forgotten meanwhile
+            if self._prepared.get(grammar.key) is preparation:  # it was not forgotten meanwhile
                 return
+
+    async def _wait(self, key: str, preparation: _Preparation, given_up: asyncio.Future[None]) -> None:
+        preparation.num_waiting += 1
+        try:
+            either: set[asyncio.Future[Any]] = {preparation.task, given_up}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            preparation.num_waiting -= 1
+            if not preparation.num_waiting and not preparation.has_begun:
+                preparation.task.cancel()
+                del self._prepared[key]
 
     def on_compiled(self, message: GrammarCompiled) -> None:
         """A rank has answered."""
@@ -75,99 +106,45 @@ class Grammars:
 
     async def stop(self) -> None:
         """To be called after `fail`; returns when the process is gone."""
-        await asyncio.gather(*self._prepared.values(), return_exceptions=True)
+        await asyncio.gather(*(preparation.task for preparation in self._prepared.values()), return_exceptions=True)
         await self._trial.stop()
 
-    def _begin(self, grammar: Grammar) -> asyncio.Task[str | None]:
-        if len(self._prepared) >= MAX_KEPT_GRAMMARS:
-            oldest = next((key for key, task in self._prepared.items() if task.done()), None)
-            if oldest is not None:
-                del self._prepared[oldest]
-                self._send_to_all(ForgetGrammar(oldest))
-        task = asyncio.create_task(self._prepare(grammar.structural_tag, grammar.key))
-        self._prepared[grammar.key] = task
-        return task
+    def _begin(self, grammar: Grammar) -> _Preparation:
+        preparation = _Preparation(grammar.structural_tag)
+        preparation.task = asyncio.create_task(self._prepare(grammar.key, preparation))
+        self._prepared[grammar.key] = preparation
+        self._forget_oldest()
+        return preparation
 
-    async def _prepare(self, structural_tag: str, key: str) -> str | None:
-        result = await self._trial.compile(structural_tag)
-        if result.error is None and result.num_bytes > MAX_COMPILED_BYTES:
-            return f"it takes {result.num_bytes} bytes when compiled, more than the limit of {MAX_COMPILED_BYTES}"
+    def _forget_oldest(self) -> None:
+        """Until what is kept and what is being compiled are within their limits together."""
+        num_bytes = sum(preparation.num_bytes for preparation in self._prepared.values())
+        for key, preparation in list(self._prepared.items()):
+            if len(self._prepared) <= MAX_KEPT_GRAMMARS and num_bytes <= MAX_KEPT_BYTES:
+                return
+            if preparation.task.done():
+                del self._prepared[key]
+                num_bytes -= preparation.num_bytes
+                self._send_to_all(ForgetGrammar(key))
+
+    async def _prepare(self, key: str, preparation: _Preparation) -> _Refusal | None:
+        async with self._turn:
+            preparation.has_begun = True
+            try:
+                result = await self._trial.compile(preparation.structural_tag)
+            except OverloadedError as error:
+                del self._prepared[key]  # whoever asks again may have more luck
+                return error
         if result.error is not None:
             return result.error
+        if result.num_bytes > MAX_COMPILED_BYTES:
+            return f"it takes {result.num_bytes} bytes when compiled, more than the limit of {MAX_COMPILED_BYTES}"
+        preparation.num_bytes = result.num_bytes
+        self._forget_oldest()
         outcome: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._compiling[key] = (set(range(self._num_ranks)), outcome)
         try:
-            self._send_to_all(CompileGrammar(key, structural_tag))
+            self._send_to_all(CompileGrammar(key, preparation.structural_tag))
             return await outcome
         finally:
             del self._compiling[key]
-
-
-class _Trial:
-    """The process that compiles on trial: started for the first grammar, and again after one that ended it."""
-
-    def __init__(self, config: EngineConfig, vocabulary: Path) -> None:
-        self._setup = TrialSetup(
-            config.tokenizer_folder,
-            config.args.trust_remote_code,
-            config.model.vocab_size,
-            config.model.eos_token_ids,
-            str(vocabulary),
-        )
-        self._process: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
-        self._is_closed = False
-
-    async def compile(self, structural_tag: str) -> TrialResult:
-        async with self._turn:
-            if self._is_closed:
-                return TrialResult("the engine has ended")
-            try:
-                if self._process is None or self._process.returncode is not None:  # it may have been killed
-                    await self._start()
-                return await self._ask(TrialGrammar(structural_tag), COMPILE_TIMEOUT_S)
-            except TimeoutError:
-                reason = f"compiling it takes longer than {COMPILE_TIMEOUT_S:g} s"
-            except EOFError:
-                reason = "compiling it takes too much memory"
-            await self.stop()
-            return TrialResult(reason)
-
-    def close(self) -> None:
-        """No more processes; what is being compiled ends."""
-        self._is_closed = True
-        self._kill()
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
-    async def stop(self) -> None:
-        self._kill()
-        if self._process is not None:
-            await self._process.wait()
-            self._process = None
-
-    async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "nibble.controller.grammar_trial_process",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE_LIMIT,
-        )
-        await self._ask(self._setup, _START_TIMEOUT_S)
-
-    async def _ask(self, question: Any, timeout: float) -> TrialResult:
-        """Raises TimeoutError, or EOFError when the process has ended."""
-        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(msgspec.json.encode(question) + b"\n")
-            line = await asyncio.wait_for(self._process.stdout.readline(), timeout)
-        except ConnectionError:
-            raise EOFError from None
-        if not line:
-            raise EOFError
-        return msgspec.json.decode(line, type=TrialResult)

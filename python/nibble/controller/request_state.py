@@ -17,7 +17,10 @@ class RequestState:
         self.request = request
         self.booking = booking
         self.rank = booking.rank
+        self.is_dispatched = False
         self.rank_has_finished = False
+        self.given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done once it ends for another reason than what its rank says."""
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, request.sampling.stop, request.sampling.skip_special_tokens, request.sampling.stop_regex
         )
@@ -33,6 +36,11 @@ class RequestState:
     def has_ended(self) -> bool:
         """Whether there is a last snapshot or an error to be read."""
         return self._finish_reason is not None or self._error is not None
+
+    @property
+    def occupies_rank(self) -> bool:
+        """Whether its rank has it and has still to say how it ends."""
+        return self.is_dispatched and not self.rank_has_finished
 
     def update(self, update: TokenUpdate) -> None:
         """Takes what the rank produced; nothing more after a stop string has matched, or looking for one failed.
@@ -72,10 +80,15 @@ class RequestState:
             self.rank_has_finished = True
             self._detokenizer.finish()
             self._finish_reason = FinishReason("abort", message=message)
-            self._news.set()
+            self._give_up()
 
     def fail(self, error: Exception) -> None:
         self._error = error
+        self._give_up()
+
+    def _give_up(self) -> None:
+        if not self.given_up.done():
+            self.given_up.set_result(None)
         self._news.set()
 
     async def next_output(self) -> GenerationOutput:

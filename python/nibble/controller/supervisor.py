@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +12,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
-import nibble
 from nibble.config.resolve import EngineConfig
+from nibble.utils.process import module_command, module_environment
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +83,12 @@ class Supervisor:
         return [process.pid for process in self._processes if process is not None]
 
     def _run(self, rank: int) -> None:
-        package_root = str(Path(nibble.__file__).parents[1])
-        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nibble.scheduler.rank_process", str(rank), str(self._run_dir)],
+            module_command("nibble.scheduler.rank_process", str(rank), str(self._run_dir)),
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in a terminal must not reach the ranks before their parent
             # Threads that wait actively for each other stand in each other's way where cores are shared.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **self._gpu_environment, **os.environ, "PYTHONPATH": search_path},
+            env={"OMP_WAIT_POLICY": "PASSIVE", **self._gpu_environment, **module_environment()},
         )
         self._processes[rank] = process
         assert process.stdin is not None

@@ -1,5 +1,7 @@
 """What surrounds every HTTP request: its id, its line in the log, its place in the metrics."""
 
+import asyncio
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -8,6 +10,7 @@ from nibble.entrypoints.errors import api_error
 from nibble.observability.metrics import EngineMetrics
 from nibble.observability.request_context import RequestContext, current_request
 from nibble.observability.request_log import RequestLog
+from nibble.utils.errors import EngineDeadError
 
 REQUEST_ID_HEADER = "x-request-id"
 UNLOGGED_PATHS = OPEN_PATHS | {"/metrics"}
@@ -39,9 +42,11 @@ class RequestTrackingMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if status:
                 raise
+            if isinstance(error, asyncio.CancelledError):  # when the server stops, by uvicorn
+                error = EngineDeadError("the server is shutting down")
             await api_error(error).response()(scope, receive, send_with_id)
         finally:
             if status:

@@ -8,6 +8,8 @@ import xgrammar
 
 _SOURCE_LOCATION = re.compile(r"^\[[\d:]+\] \S+\.(?:cc|h):\d+: ")
 
+_OUT_OF_MEMORY = "std::bad_alloc"
+
 
 class GrammarError(ValueError):
     """xgrammar does not accept a grammar."""
@@ -38,4 +40,6 @@ class GrammarCompiler:
             return self._compiler.compile_structural_tag(structural_tag)
         # What xgrammar does not accept it reports by several types, RuntimeError among them.
         except Exception as error:
+            if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
+                raise GrammarError("compiling it takes too much memory") from error
             raise GrammarError(_SOURCE_LOCATION.sub("", str(error)).strip()) from error

@@ -9,7 +9,7 @@ import regex
 from nibble.utils.errors import RequestError
 
 MAX_SIZE = 4096
-"""Of all expressions of a request: characters, repeats written out. Compiling them takes at most about 20 ms and 2 MB."""
+"""Characters of a request's expressions, repeats written out. Compiling them takes about 20 ms and 2 MB at most."""
 SEARCH_BUDGET_S = 0.1
 """CPU time that the searches of one request may take at once."""
 REFILL_S = 10e-6
@@ -57,7 +57,7 @@ class _SearchBudget:
 
 
 def _expanded_size(pattern: str) -> int:
-    """At least what the compiler makes of a pattern, which writes m copies of what must come m times.
+    """No less than what the compiler makes of a pattern: it writes m copies of what must come m times.
 
     A count after a group, or after another count, may stand around any of the others, so it multiplies them all; one
     after a character or a set stands for itself. Raises RequestError in verbose mode, where that can't be seen.

@@ -1,12 +1,27 @@
-"""How a process is tied to the life of its parent."""
+"""How a process starts another of the same program, and how that one is tied to its life."""
 
 import ctypes
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
+
+import nibble
 
 _PR_SET_PDEATHSIG = 1
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """Runs a module of this program; nothing is imported from the working directory."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def module_environment() -> dict[str, str]:
+    """This process's environment, in which the module is found first where this one was."""
+    package_root = str(Path(nibble.__file__).parents[1])
+    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": search_path}
 
 
 def die_with_parent_thread() -> None:
