@@ -11,6 +11,7 @@ from nibble.config.resolve import EngineConfig, resolve
 from nibble.config.server_args import ServerArgs
 from nibble.controller import grammar_trial, grammars
 from nibble.controller.async_engine import AsyncEngine
+from nibble.controller.grammar_trial_process import TrialResult
 from nibble.controller.grammars import Grammars
 from nibble.generation import GenerationRequest
 from nibble.ipc.messages import CompileGrammar, ForgetGrammar, GrammarCompiled, ToRank
@@ -182,6 +183,27 @@ def test_a_grammar_that_takes_too_much_memory_is_refused_and_stays_so(tmp_path):
         assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
         assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
         assert ranks.compiled == [regex("first").key]
+
+    live_with_ranks(tmp_path, life)
+
+
+def test_what_is_compiled_when_the_engine_fails_keeps_nobody_waiting(tmp_path):
+    """The trial's answer came just before, and then the ranks were waited for, which had gone."""
+
+    async def life(ranks: Ranks) -> None:
+        await ranks.prepare("first")
+        ranks.answer = False
+        compile_on_trial = ranks.grammars._trial.compile
+
+        async def fail_meanwhile(structural_tag: str) -> TrialResult:
+            result = await compile_on_trial(structural_tag)
+            ranks.grammars.fail(EngineDeadError("a rank died"))
+            return result
+
+        ranks.grammars._trial.compile = fail_meanwhile
+        with pytest.raises(EngineDeadError):
+            await ranks.prepare("second")
+        await asyncio.wait_for(ranks.grammars.stop(), 10)
 
     live_with_ranks(tmp_path, life)
 

@@ -135,7 +135,7 @@ class Grammars:
             except OverloadedError as error:
                 del self._prepared[key]  # whoever asks again may have more luck
                 return error
-        if result.error is not None:
+        if result.error is not None or self._failure is not None:  # once it has failed, no rank may ever answer
             return result.error
         if result.num_bytes > MAX_COMPILED_BYTES:
             return f"it takes {result.num_bytes} bytes when compiled, more than the limit of {MAX_COMPILED_BYTES}"
