@@ -3,7 +3,8 @@
 # make test    the tests                                                           [ARGS="…" passes pytest options]
 # make lint    format, lint and types
 # make eval    held-out accuracy of the served demo model                          [PORT=…] [MODEL=…]
-# make fuzz    10,000 hostile requests to a server of its own                      [ARGS="--requests … --seed …"]
+# make fuzz    10,000 hostile requests to a server of its own, then 6,000 made from the schema
+#              [ARGS="--requests … --seed …"]
 # make soak    1,000 streams at once for five minutes                              [ARGS="--streams … --seconds …"]
 # make bench   tokens per second of the engine beside transformers, and the CPU collectives
 # make demo-model   train, quantize and export the demo model again (tools/demo_model/README.md)   [FAMILY=deepseek]
@@ -48,6 +49,7 @@ eval: install
 
 fuzz: install
 	$(BIN)/python test/e2e/fuzz.py $(ARGS)
+	$(BIN)/python -m pytest test/e2e/test_hostile_clients.py --hypothesis-profile long --timeout 1800
 
 soak: install
 	$(BIN)/python benchmark/soak.py $(ARGS)

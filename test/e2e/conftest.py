@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from server_process import DEMO_MODEL
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.demo_model.dequantize import dequantize_checkpoint
+
+settings.register_profile("long", max_examples=3000)
 
 
 @pytest.fixture(scope="module")

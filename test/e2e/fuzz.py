@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,21 +29,30 @@ sys.path.insert(0, str(Path(__file__).parent))
 from server_process import Server, launch, parallel_flags
 
 FLAGS = [*parallel_flags(2), "--enable-metrics", "--context-length", "256", "--max-total-tokens", "4096"]
-FLAGS += ["--max-request-bytes", str(2**20), "--log-level", "error"]
+FLAGS += ["--max-request-bytes", str(2**20), "--log-level", "error", "--tool-call-parser", "qwen"]
 ANSWER_SECONDS = 30.0
 """A complete request that has no answer by then hangs."""
 MEMORY_GROWTH = 0.02
 WARM_UP = 0.2
 """Requests, beside those that count, after which the processes have the memory that they work with."""
 
-BODIES: dict[str, dict[str, Any]] = {
-    "/generate": {"text": "Hi", "sampling_params": {"max_new_tokens": 4}},
-    "/v1/completions": {"prompt": "Hi", "max_tokens": 4},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
-    "/v1/tokenize": {"prompt": "Hi"},
-    "/v1/detokenize": {"tokens": [1]},
-    "/abort_request": {"rid": "x"},
-}
+WEATHER = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
+HELLO = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+NAMED_SCHEMA = {"type": "json_schema", "json_schema": {"name": "weather", "schema": WEATHER}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+BODIES: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4}}),
+    ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "regex": "[a-f]{2,6}", "stop_regex": "f+e"}}),
+    ("/generate", {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "json_schema": WEATHER}}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 4}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 4, "ebnf": 'root ::= "a" root | "b"', "stop_regex": ["a{3}"]}),
+    ("/v1/chat/completions", HELLO),
+    ("/v1/chat/completions", {**HELLO, "response_format": NAMED_SCHEMA}),
+    ("/v1/chat/completions", {**HELLO, "tools": [TOOL], "tool_choice": "required"}),
+    ("/v1/tokenize", {"prompt": "Hi"}),
+    ("/v1/detokenize", {"tokens": [1]}),
+    ("/abort_request", {"rid": "x"}),
+]
 PATHS = ["/health", "/ready", "/metrics", "/model_info", "/server_info", "/v1/models", "/flush_cache", "/openapi.json"]
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e308, 5e-324, 2**31, 2**53, 2**63, -(2**63), 10**30, "", "x", "\x00",
@@ -50,6 +60,11 @@ NASTY: list[Any] = [
     [-1], [895], ["x"] * 70, [""], {}, {"": ""}, {"a": {"b": [1]}}, {"0": 1}, {"type": "object"},
     {"type": "json_schema"}, {"role": "user", "content": "Hi"},
     [{"role": "system", "content": "x"}], [{"role": "tool", "content": None}],
+    "(?:(?:(?:a{60}){60}){60}){60}", "[a-f]{100000}", ["[a-f ]*[b-e ]*x{9}Q"] * 64, "(x+x+)+y", "(?x)a{6 0}",
+    'root ::= "a"{999999}', "root ::= root", 'root ::= ("a"{60}){60}', 'root ::= "', [TOOL] * 100, "required", "auto",
+    {"type": "array", "items": {"enum": list(range(2000))}}, {"type": "string", "maxLength": 10**6},
+    {"type": "string", "pattern": "(?:(?:a{60}){60}){60}"}, {"$ref": "#"}, {"type": "object", "minProperties": 10**5},
+    NAMED_SCHEMA, {"type": "json_schema", "json_schema": {"name": "x", "schema": {"minItems": 10**5, "type": "array"}}},
 ]  # fmt: skip
 
 
@@ -97,11 +112,11 @@ class Fuzzer:
     # Kinds of attacks
 
     def valid(self) -> Attack:
-        path, body = self.rng.choice(list(BODIES.items()))
+        path, body = self.rng.choice(BODIES)
         return Attack("valid", [http_request("POST", path, json.dumps(body).encode())])
 
     def mutated(self) -> Attack:
-        path, body = self.rng.choice(list(BODIES.items()))
+        path, body = self.rng.choice(BODIES)
         body = json.loads(json.dumps(body))
         for _ in range(self.rng.randint(1, 3)):
             self._mutate(body)
@@ -144,7 +159,7 @@ class Fuzzer:
         return Attack("garbage", [rng.choice(lines)], is_complete=False)
 
     def chunked(self) -> Attack:
-        path, body = self.rng.choice(list(BODIES.items()))
+        path, body = self.rng.choice(BODIES)
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
         content = json.dumps(body).encode()
         cut = self.rng.randrange(1, len(content))
@@ -160,12 +175,14 @@ class Fuzzer:
         return Attack("slow", [content[i : i + step] for i in range(0, len(content), step)], pause=0.05)
 
     def elsewhere(self) -> Attack:
-        path = self.rng.choice([*PATHS, *BODIES, "/%00", "/%ff", "//", "/v1/models/%2e%2e", "/generate?a[]=%", "/*"])
+        path = self.rng.choice(
+            [*PATHS, *(path for path, _ in BODIES), "/%00", "/%ff", "//", "/v1/models/%2e%2e", "/generate?a[]=%", "/*"]
+        )
         method = self.rng.choice(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "PATCH"])
         return Attack("elsewhere", [http_request(method, path)])
 
     def oversized(self) -> Attack:
-        path = self.rng.choice(list(BODIES))
+        path = self.rng.choice(BODIES)[0]
         content = json.dumps({"text": "x" * (3 * 2**20)}).encode()
         return Attack("oversized", [http_request("POST", path, content)], is_complete=False)
 
@@ -189,10 +206,10 @@ class Fuzzer:
     def _value(self) -> Any:
         choice = self.rng.random()
         if choice < 0.8:
-            return self.rng.choice(NASTY)
+            return deepcopy(self.rng.choice(NASTY))
         if choice < 0.9:
             return self._text()
-        value = self.rng.choice(NASTY)
+        value = deepcopy(self.rng.choice(NASTY))
         for _ in range(self.rng.choice([2, 5, 900])):
             value = [value] if self.rng.random() < 0.5 else {"a": value}
         return value

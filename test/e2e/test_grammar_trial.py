@@ -16,7 +16,7 @@ from nibble.controller.grammars import Grammars
 from nibble.generation import GenerationRequest
 from nibble.ipc.messages import CompileGrammar, ForgetGrammar, GrammarCompiled, ToRank
 from nibble.sampling_params import SamplingParams
-from nibble.structured_output.grammar import Grammar, make_grammar, regex_format
+from nibble.structured_output.grammar import Grammar, ebnf_format, json_schema_format, make_grammar, regex_format
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
 from server_process import DEMO_MODEL
 
@@ -143,6 +143,25 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(tmp_path, monkeypatch):
         trial_process().resume()
         assert await asyncio.gather(shared[1], last) == [None, None]
         assert ranks.compiled == [regex(pattern).key for pattern in ("first", "begun", "shared", "last")]
+
+    live_with_ranks(tmp_path, life)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        make_grammar(ebnf_format("root ::= root"), "ebnf"),
+        make_grammar(json_schema_format({"$ref": "#"}), "json_schema"),
+    ],
+    ids=["ebnf", "schema"],
+)
+def test_a_grammar_that_no_answer_can_begin_is_refused(tmp_path, grammar):
+    """It was a 500."""
+
+    async def life(ranks: Ranks) -> None:
+        with pytest.raises(RequestError, match="no token of the model fits its beginning") as refusal:
+            await ranks.grammars.prepare(grammar, asyncio.Future())
+        assert refusal.value.field == grammar.field
 
     live_with_ranks(tmp_path, life)
 

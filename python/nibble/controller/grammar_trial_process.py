@@ -65,6 +65,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         try:
             compiled = compiler.compile(msgspec.json.decode(line, type=TrialGrammar).structural_tag)
+            compiler.check_beginning(compiled)
             result = TrialResult(num_bytes=compiled.memory_size_bytes)
         except GrammarError as error:
             result = TrialResult(str(error))

@@ -32,6 +32,7 @@ class GrammarCompiler:
 
     def __init__(self, vocabulary: Path) -> None:
         info = xgrammar.TokenizerInfo.deserialize_json(vocabulary.read_text(encoding="utf-8"))
+        self._vocab_size = info.vocab_size
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
     def compile(self, structural_tag: str) -> xgrammar.CompiledGrammar:
@@ -43,3 +44,10 @@ class GrammarCompiler:
             if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
                 raise GrammarError("compiling it takes too much memory") from error
             raise GrammarError(_SOURCE_LOCATION.sub("", str(error)).strip()) from error
+
+    def check_beginning(self, compiled: xgrammar.CompiledGrammar) -> None:
+        """Raises GrammarError when an answer can't begin."""
+        bitmask = xgrammar.allocate_token_bitmask(1, self._vocab_size)
+        xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(bitmask)
+        if not bitmask.any():
+            raise GrammarError("no token of the model fits its beginning")
