@@ -173,3 +173,11 @@ def test_a_requests_regexes_are_compiled_once_for_all_its_choices(monkeypatch):
     monkeypatch.setattr("regex.compile", counting)
     Api().result(COMPLETIONS, {"prompt": ["Hi", "Ho"], "n": 3, "stop_regex": ["compiled once", "and so is this"]})
     assert compiled == ["compiled once", "and so is this"]
+
+
+def test_prompts_of_one_request_can_not_have_each_a_regex_of_its_own_to_compile():
+    """A thousand large ones would be compiled one after the other, and nobody else served meanwhile."""
+    params = [{"stop_regex": f"end {index}"} for index in range(17)]
+    error = Api().error("/generate", {"text": ["Hi"] * 17, "sampling_params": params})
+    assert error["param"] == "sampling_params.stop_regex" and "at most 16" in error["message"]
+    assert len(Api().result("/generate", {"text": ["Hi"] * 16, "sampling_params": params[:16]})) == 16

@@ -271,7 +271,6 @@ class AsyncEngine:
     def _register(self, request: GenerationRequest) -> RequestState:
         self._check(request)
         self._check_capacity()
-        compile_stop_regexes(request.sampling.stop_regex)
         booking = self._balancer.book(request.input_ids, request.sampling.max_new_tokens, request.data_parallel_rank)
         state = RequestState(request, booking, self.tokenizer)
         self._requests[request.request_id] = state
@@ -302,6 +301,7 @@ class AsyncEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         validate_sampling_params(request.sampling, self.vocab_size)
+        compile_stop_regexes(request.sampling.stop_regex)
         if request.sampling.grammar is not None and self.config.args.grammar_backend == "none":
             field = request.sampling.grammar.field
             raise RequestError(f"{field} needs a grammar, and this server runs with --grammar-backend none", field)

@@ -19,6 +19,8 @@ from nibble.entrypoints.logprobs import native_logprob, native_logprobs
 from nibble.entrypoints.native_protocol import GenerateRequest
 from nibble.generation import GenerationOutput, TokenLogprob
 from nibble.observability.request_context import current_request, unique_request_id
+from nibble.tokenizer.stop_regex import MAX_DIFFERENT
+from nibble.utils.errors import RequestError
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -37,6 +39,11 @@ class NativeGeneration:
         prompts = body.prompts()
         params = [body.sampling_of(index) for index in range(len(prompts))]
         check_num_generations(sum(max(param.n, 1) for param in params))
+        if len({tuple(param.stop_regex) for param in params}) > MAX_DIFFERENT:
+            raise RequestError(
+                f"sampling_params may set stop_regex in at most {MAX_DIFFERENT} different ways; send several requests",
+                "sampling_params.stop_regex",
+            )
         options = GenerationOptions(
             body.data_parallel_rank,
             body.return_logprob,

@@ -10,6 +10,8 @@ from nibble.utils.errors import RequestError
 
 MAX_SIZE = 4096
 """Characters of a request's expressions, repeats written out. Compiling them takes about 20 ms and 2 MB at most."""
+MAX_DIFFERENT = 16
+"""Ways in which the prompts of one HTTP request may set stop_regex; as many are kept compiled."""
 SEARCH_BUDGET_S = 0.1
 """CPU time that the searches of one request may take at once."""
 REFILL_S = 10e-6
@@ -19,7 +21,7 @@ _REPEAT = regex.compile(r"\{(\d+)(?:,\d*)?\}")
 _VERBOSE = regex.compile(r"\(\?[\w-]*x")
 
 
-@lru_cache(maxsize=16)  # the check of a request and all its choices share what is compiled
+@lru_cache(maxsize=MAX_DIFFERENT)  # the check of a request and all its choices share what is compiled
 def compile_stop_regexes(patterns: tuple[str, ...]) -> dict[str, regex.Pattern[str]]:
     """By expression. Raises RequestError for those that are no regular expressions, match where there is no text or
     are larger than MAX_SIZE together."""
