@@ -20,9 +20,9 @@ from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
 from nibble.kernels.torch.fp8_row import dequantize_fp8_rows, leave_result, quantize_fp8_rows
 from nibble.kernels.torch.wire_row import WireRowLayout
 from nibble.kernels.triton import peer_sync
-from nibble.kernels.triton.peer_sync import FLAGS, HEADER_BYTES, ROUND
+from nibble.kernels.triton.peer_sync import FAILED, FLAGS, HEADER_BYTES, ROUND
 
-ALWAYS = 2**62  # a round that nobody reaches
+ALWAYS = FAILED - 1  # a round that nobody reaches
 
 
 def ranks_of_one_process(

@@ -127,6 +127,26 @@ def test_a_peer_that_does_not_come_is_named_and_nobody_waits_for_it_again() -> N
     assert next(cases.TICKS) - begin < 20  # looks at the clock, where the first wait took a hundred
 
 
+def test_all_ranks_hear_of_a_failure_and_the_rank_that_failed_leaves_their_memory_alone() -> None:
+    layout, sizes = WireRowLayout(64, 2), [1, 2, 3]
+    ranks = cases.ranks_of_one_process(3, SegmentLayout(6, layout.row_bytes, 64), timeout_s=1e-7)
+    rows = cases.rows_of(sizes, layout)
+    cases.flags(ranks[1])[0] = cases.ALWAYS
+    peer_dispatch(ranks[1], *rows[1], INPUT_SCALE, sizes)
+    told = [memory.segment.clone() for memory in (ranks[0], ranks[2])]
+    for seed in range(2):
+        peer_combine(ranks[1], sizes)
+        peer_dispatch(ranks[1], *cases.rows_of(sizes, layout, seed + 1)[1], INPUT_SCALE, sizes)
+    assert torch.equal(ranks[0].segment, told[0]) and torch.equal(ranks[2].segment, told[1])
+    for memory in (ranks[0], ranks[2]):  # rank 2 comes late, when all others have come
+        cases.flags(memory)[0] = cases.ALWAYS
+        begin = next(cases.TICKS)
+        peer_dispatch(memory, *rows[memory.rank], INPUT_SCALE, sizes)
+        assert next(cases.TICKS) - begin < 20, "the others are still waited for"
+        with pytest.raises(PeerError, match="rank 2 did not arrive within 1e-07 s"):
+            memory.raise_failure()
+
+
 def test_more_rows_than_the_memory_was_made_for_are_refused() -> None:
     memory = cases.ranks_of_one_process(1, SegmentLayout(6, 64, 64))[0]
     with pytest.raises(ValueError, match=r"7 rows of all ranks.*sized for 6"):

@@ -6,8 +6,9 @@ then words of the owner and a table of the addresses of all segments, in rank or
 Flags hold the number of the newest round that a rank has entered and only grow, so nothing is ever reset. A round is
 one meeting of all ranks. What a rank stored before it entered is seen by whoever waited for its flag.
 
-A peer that does not come in time is reported, a bit a rank, in memory that the host reads at any time; from then on
-this rank waits for nobody.
+A peer that does not come in time is reported, a bit a rank, in memory that the host reads at any time. The rank that
+waited in vain tells all others, by a flag beyond all rounds that names the missing, and from then on meets nobody: its
+kernels run to their end in its own segment.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -26,8 +27,12 @@ PEERS = 144
 MARKS = 192
 HEADER_BYTES = 4096
 
+FAILED = 1 << 62  # a flag from here on: no round, but the ranks that did not come, a bit each
+
 _LANES = tl.constexpr(MAX_RANKS)  # one a peer
 _ROUND, _PATIENCE_NS, _FAILURE_ADDRESS = tl.constexpr(ROUND), tl.constexpr(PATIENCE_NS), tl.constexpr(FAILURE_ADDRESS)
+_FAILED = tl.constexpr(FAILED)
+_GRACE = tl.constexpr(10)  # a part of the patience
 _ARRIVED = tl.constexpr(131)  # programs of the running kernel
 _PEERS, _MARKS = tl.constexpr(PEERS), tl.constexpr(MARKS)
 
@@ -49,21 +54,44 @@ def enter_round(number, segment_ptr, rank, WORLD_SIZE: tl.constexpr):
 
 @triton.jit
 def wait_for_round(number, segment_ptr, rank, WORLD_SIZE: tl.constexpr):
-    """Returns once every rank has entered the round, or has not in time; acquires what they released."""
+    """Returns once every rank has entered the round, or one has failed; acquires what they released."""
     lane = tl.arange(0, _LANES)
     words_ptr = _words(segment_ptr)
     flag_ptr = words_ptr + tl.where(lane < WORLD_SIZE, lane, rank)
     patience_ns = tl.load(words_ptr + _PATIENCE_NS)
     begin = clock_ns(lane)
-    missing = load_acquire(flag_ptr) < number
-    # Warps may leave the loop apart, so nothing in it crosses warps.
-    while tl.max((missing & (clock_ns(lane) - begin < patience_ns)).to(tl.int32), axis=0) > 0:
-        missing = load_acquire(flag_ptr) < number
-    if tl.max(missing.to(tl.int32), axis=0) > 0 and patience_ns > 0:
-        failure_ptr = tl.load(words_ptr + _FAILURE_ADDRESS).to(tl.pointer_type(tl.int64))
-        tl.store(failure_ptr, tl.sum(tl.where(missing, tl.full([_LANES], 1, tl.int64) << lane, 0), axis=0))
-        tl.store(words_ptr + _PATIENCE_NS, 0)
+    flags = load_acquire(flag_ptr)
+    # Warps may leave the loop apart, so nothing in it or in `_fail` crosses warps; what is stored is the first one's.
+    waits = (flags < number).to(tl.int32)
+    while tl.max(tl.where(flags >= _FAILED, 2, waits), axis=0) == 1:
+        flags = load_acquire(flag_ptr)
+        waits = ((flags < number) & (clock_ns(lane) - begin < patience_ns)).to(tl.int32)
+    if tl.max(((flags < number) | (flags >= _FAILED)).to(tl.int32), axis=0) > 0 and patience_ns > 0:
+        _fail(flags, number, segment_ptr, rank, patience_ns, WORLD_SIZE)
     tl.debug_barrier()  # each thread has looked at one flag, and may read what any rank wrote
+
+
+@triton.jit
+def _fail(flags, number, segment_ptr, rank, patience_ns, WORLD_SIZE: tl.constexpr):
+    """Reports who is missing, to the host and to all ranks, and takes this rank out of the protocol.
+
+    A rank that hears of it from another reports what that one does.
+    """
+    lane = tl.arange(0, _LANES)
+    words_ptr = _words(segment_ptr)
+    report = tl.max(flags, axis=0)
+    if report < _FAILED:
+        report = _FAILED + tl.sum(tl.where(flags < number, tl.full([_LANES], 1, tl.int64) << lane, 0), axis=0)
+    tl.store(tl.load(words_ptr + _FAILURE_ADDRESS).to(tl.pointer_type(tl.int64)), report - _FAILED)
+    tl.store(words_ptr + _PATIENCE_NS, 0)
+    enter_round(report, segment_ptr, rank, WORLD_SIZE)
+    # Whoever looked just before may still read this rank's results, which what follows on the stream overwrites.
+    begin = clock_ns(lane)
+    now = begin
+    while tl.max((now - begin < patience_ns // _GRACE).to(tl.int32), axis=0) > 0:
+        now = clock_ns(lane)
+    own_address = tl.zeros([_LANES], tl.int64) + segment_ptr.to(tl.int64)
+    tl.store(words_ptr + _PEERS + lane, own_address, mask=lane < WORLD_SIZE)
 
 
 @triton.jit
