@@ -4,6 +4,7 @@ Where there is a GPU, test/gpu/test_peer_memory.py runs them compiled, in a proc
 """
 
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peer_memory_cases as cases
-from nibble.distributed.communicator import PeerError
-from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
+from nibble.distributed import peer_memory
+from nibble.distributed.communicator import PeerError, SingleRankCommunicator
+from nibble.distributed.peer_memory import PeerMemory, PeerMemoryUnavailable, SegmentLayout
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
@@ -145,6 +147,26 @@ def test_all_ranks_hear_of_a_failure_and_the_rank_that_failed_leaves_their_memor
         assert next(cases.TICKS) - begin < 20, "the others are still waited for"
         with pytest.raises(PeerError, match="rank 2 did not arrive within 1e-07 s"):
             memory.raise_failure()
+
+
+@mock.patch("torch.cuda.synchronize", mock.Mock())
+@mock.patch.object(type(peer_memory.meet_kernel), "warmup", mock.Mock())
+def test_memory_is_tried_out_by_a_round_and_whatever_goes_wrong_is_why_it_is_not_available() -> None:
+    group = SingleRankCommunicator("alone")
+    memory = cases.ranks_of_one_process(1, SegmentLayout(6, 64, 64), timeout_s=60)[0]
+    peer_memory._try_out(group, memory)
+    assert cases.rounds(memory) == 1 and memory.timeout_s == 60
+    late = cases.ranks_of_one_process(2, SegmentLayout(6, 64, 64), timeout_s=1e-7)[0]
+    with (
+        mock.patch.object(peer_memory, "_why_out_of_reach", return_value=""),  # the other rank has left no mark either
+        pytest.raises(PeerMemoryUnavailable, match="rank 0: rank 1 did not arrive within 1e-07 s"),
+    ):
+        peer_memory._try_out(group, late)
+    with (
+        mock.patch.object(peer_memory, "read_marks_kernel", None),
+        pytest.raises(PeerMemoryUnavailable, match="rank 0: TypeError: 'NoneType'"),
+    ):
+        peer_memory._try_out(group, memory)
 
 
 def test_more_rows_than_the_memory_was_made_for_are_refused() -> None:

@@ -5,7 +5,7 @@ bring to it, then its partial results, which all ranks read. docs/peer_memory.md
 still reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
@@ -25,11 +25,14 @@ from nibble.kernels.triton.peer_sync import (
     PATIENCE_NS,
     PEERS,
     mark_kernel,
+    meet_kernel,
     read_marks_kernel,
 )
 
 _ALIGNMENT = 2 << 20  # pages of the GPU; memory that is cut otherwise is mapped in smaller ones, and read more slowly
 _REASON_BYTES = 256
+_TRIAL_S = 10.0
+"""For the round that tries whether ranks meet; all have just come, and compiled what it needs."""
 
 
 class PeerMemoryUnavailable(Exception):
@@ -88,15 +91,19 @@ class PeerMemory:
         device = segment.device
         self.rank, self.world_size = rank, len(addresses)
         self.layout, self.segment = layout, segment
-        self.timeout_s = timeout_s
         self._failure = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.set_timeout(timeout_s)
         words = segment[:HEADER_BYTES].view(torch.int64)
-        words[PATIENCE_NS] = int(timeout_s * 1e9)
         words[FAILURE_ADDRESS] = self._failure.data_ptr()  # pinned, so the same on the device
         words[PEERS : PEERS + self.world_size] = torch.tensor(addresses, device=device)
         self.num_multiprocessors = num_multiprocessors(device)
         self.teardown = ExitStack()
         """What `close` undoes."""
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """For kernels that are launched from now on."""
+        self.timeout_s = timeout_s
+        self.segment[:HEADER_BYTES].view(torch.int64)[PATIENCE_NS] = int(timeout_s * 1e9)
 
     def fits(self, num_rows: int) -> bool:
         """Whether a step with this many rows on all ranks together can go through the memory."""
@@ -145,7 +152,7 @@ def open_peer_memory(
 
     `cpu_group`, the same ranks on the CPU, brings the handles to them and stays open until the memory is closed.
     Raises PeerMemoryUnavailable, on all ranks alike, if one of them cannot reach another's memory, which each tries
-    by writing into every segment and reading from it.
+    by writing into every segment, reading from it, and a round as dispatch and combine make it.
     """
     if cpu_group.world_size > MAX_RANKS:
         raise PeerMemoryUnavailable(f"{cpu_group.world_size} ranks are more than the {MAX_RANKS} that it is made for")
@@ -155,7 +162,7 @@ def open_peer_memory(
         addresses = _map_all(cpu_group, cuda, own, handle, teardown)
         segment = as_tensor(own, layout.num_bytes, device)
         memory = PeerMemory(cpu_group.rank, layout, segment, addresses, timeout_s)
-        _agree(cpu_group, _why_out_of_reach(cpu_group, memory))
+        _try_out(cpu_group, memory)
         memory.teardown.push(teardown.pop_all())
     return memory
 
@@ -172,7 +179,7 @@ def _allocate(
         handle = cuda.export(own)
         as_tensor(own, HEADER_BYTES, device).zero_()
         torch.cuda.synchronize(device)
-    except CudaIpcError as error:
+    except (CudaIpcError, RuntimeError) as error:
         failure = str(error)
     _agree(cpu_group, failure)
     assert cuda is not None
@@ -197,20 +204,48 @@ def _map_all(cpu_group: Communicator, cuda: CudaIpc, own: int, handle: Tensor, t
     return addresses
 
 
-def _why_out_of_reach(cpu_group: Communicator, memory: PeerMemory) -> str:
-    """Leaves a mark in every segment, then looks for the marks of all ranks in the own and in every other segment."""
-    device, world_size = memory.segment.device, memory.world_size
-    mark_kernel[(1,)](memory.segment, memory.rank, WORLD_SIZE=world_size, num_warps=1)
-    torch.cuda.synchronize(device)
-    cpu_group.barrier()
-    found = torch.zeros(world_size, 2, dtype=torch.int64, device=device)
-    read_marks_kernel[(1,)](memory.segment, found, WORLD_SIZE=world_size, num_warps=1)
+def _try_out(cpu_group: Communicator, memory: PeerMemory) -> None:
+    """Marks in every segment, then looks for the marks of all ranks in the own and in every other, then a round."""
+    timeout_s = memory.timeout_s
+    memory.set_timeout(min(timeout_s, _TRIAL_S))
+    for attempt in (_leave_marks, _why_out_of_reach, _why_not_met):
+        _agree(cpu_group, _failure_of(attempt, memory))
+    memory.set_timeout(timeout_s)
+
+
+def _leave_marks(memory: PeerMemory) -> str:
+    mark_kernel[(1,)](memory.segment, memory.rank, WORLD_SIZE=memory.world_size, num_warps=1)
+    meet_kernel.warmup(memory.segment, memory.rank, WORLD_SIZE=memory.world_size, num_warps=1, grid=(1,))
+    torch.cuda.synchronize(memory.segment.device)
+    return ""
+
+
+def _why_out_of_reach(memory: PeerMemory) -> str:
+    found = torch.zeros(memory.world_size, 2, dtype=torch.int64, device=memory.segment.device)
+    read_marks_kernel[(1,)](memory.segment, found, WORLD_SIZE=memory.world_size, num_warps=1)
     for rank, (written, read) in enumerate(found.tolist()):
         if written != rank + 1:
             return f"what rank {rank} wrote into the memory of rank {memory.rank} did not arrive"
         if read != rank + 1:
             return f"what rank {memory.rank} read from the memory of rank {rank} is not what is there"
     return ""
+
+
+def _why_not_met(memory: PeerMemory) -> str:
+    meet_kernel[(1,)](memory.segment, memory.rank, WORLD_SIZE=memory.world_size, num_warps=1)
+    torch.cuda.synchronize(memory.segment.device)
+    memory.raise_failure()
+    return ""
+
+
+def _failure_of(attempt: Callable[[PeerMemory], str], memory: PeerMemory) -> str:
+    """Why it failed, by result or by error: whatever a kernel does on one rank, the others are told."""
+    try:
+        return attempt(memory)
+    except (PeerError, CudaIpcError) as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _agree(cpu_group: Communicator, failure: str) -> None:
