@@ -6,6 +6,7 @@
 # make fuzz    10,000 hostile requests to a server of its own, then 6,000 made from the schema
 #              [ARGS="--requests … --seed …"]
 # make soak    1,000 streams at once for five minutes                              [ARGS="--streams … --seconds …"]
+# make stress  100,000 steps through peer memory, with random delays; needs a GPU   [STEPS=…] [ARGS="…"]
 # make bench   tokens per second of the engine beside transformers, and the CPU collectives
 # make demo-model   train, quantize and export the demo model again (tools/demo_model/README.md)   [FAMILY=deepseek]
 # Each does the set-up it needs in .venv.
@@ -16,6 +17,7 @@ PORT ?= 30000
 MODEL ?= assets/nibble-demo-6m-nvfp4
 RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1,2)
 FAMILY ?= qwen3
+STEPS ?= 100000
 ARGS ?=
 BIN := $(VENV)/bin
 DEMO_qwen3 := nibble-demo-6m
@@ -23,7 +25,7 @@ DEMO_deepseek := nibble-demo-deepseek-3m
 DEMO := $(DEMO_$(FAMILY))
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: install serve test lint eval fuzz soak bench demo-model
+.PHONY: install serve test lint eval fuzz soak stress bench demo-model
 
 install: $(VENV)/.installed
 
@@ -53,6 +55,9 @@ fuzz: install
 
 soak: install
 	$(BIN)/python benchmark/soak.py $(ARGS)
+
+stress: install
+	$(BIN)/python -m pytest test/gpu/test_peer_memory.py -k many_steps --stress-steps $(STEPS) $(ARGS)
 
 bench: install
 	$(BIN)/python benchmark/offline.py --model-path $(MODEL) --ranks $(RANKS) $(ARGS)

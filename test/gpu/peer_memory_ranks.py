@@ -11,6 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import peer_memory_cases as cases
+import pynccl_ranks
 from nibble.distributed.communicator import PeerError
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_memory
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
@@ -25,6 +26,8 @@ DEVICE = torch.device("cuda", 0)
 LAYOUT = WireRowLayout(2048, 8)
 MAX_ROWS = 2048
 INPUT_SCALE = torch.tensor(0.01)
+FEW_ROWS, MANY_ROWS = 8, 150
+"""The most that a rank has in a step of the stress test; more than multiprocessors, so that programs take several."""
 
 
 def join(
@@ -114,49 +117,76 @@ def check_graphs(rank: Rank, distributions: list[list[int]], fp8_partial: bool =
             step.check(results, seed)
 
 
-def check_closeness(rank: Rank, sizes: list[int]) -> list[float]:
-    """Mean error of the sum against fp64: through peer memory, and of bf16 numbers added one after the other."""
+def check_closeness(rank: Rank, sizes: list[int]) -> dict[str, float]:
+    """Mean error of the sum against fp64: through peer memory, by NCCL, and of bf16 numbers one after the other."""
     step = Step(shared(rank), sizes)
     partials = [partial.split(sizes)[rank.rank] for partial in cases.partials_of(sizes, LAYOUT.hidden_size)]
     truth = torch.stack(partials).double().sum(0)
-    ring = partials[0]
+    chain = partials[0]
     for partial in partials[1:]:
-        ring = ring + partial
+        chain = chain + partial
     _, out = step.run()
     finish(step.memory)
-    return [float((result.cpu().double() - truth).abs().mean()) for result in (out, ring)]
+    with pynccl_ranks.join(rank.rank, rank.world_size, rank.run_dir, "closeness") as group:
+        by_nccl = group.reduce_scatterv(step.partial, sizes)
+        group.synchronize()
+    results = {"peer": out, "nccl": by_nccl, "chain": chain}
+    return {name: float((result.cpu().double() - truth).abs().mean()) for name, result in results.items()}
 
 
 def wrong_values_of_many_steps(rank: Rank, steps: int) -> list[int]:
     """Wrong bytes of gathered rows and wrong sums, counted on the device. Nothing but the memory makes ranks meet.
 
-    In every step each rank has 0 to 8 rows of one of several inputs, and some ranks' GPU work or host stops a while.
+    In most steps each rank has 0 to 8 rows of one of several inputs, in some up to 150; some steps are replays of a
+    graph. Some ranks' GPU work or host stops a while.
     """
-    memory, world_size, most = shared(rank), rank.world_size, 8
+    memory, world_size = shared(rank), rank.world_size
     same, own = random.Random(0), random.Random(rank.rank + 1)
-    scale = INPUT_SCALE.to(DEVICE)
-    inputs = []
-    for seed in range(5):
-        rows = [[x.to(DEVICE) for x in of_rank] for of_rank in cases.rows_of([most] * world_size, LAYOUT, seed)]
-        partials = [x.to(DEVICE) for x in cases.partials_of([most] * world_size, LAYOUT.hidden_size, seed)]
-        wire = [triton_quantize_pack(*of_rank, scale) for of_rank in rows]
-        inputs.append((rows[rank.rank], wire, partials[rank.rank], cases.sum_by_rank(partials).bfloat16()))
+    inputs = [StressInput(memory, seed) for seed in range(5)]
     wrong = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    graph, graph_sizes = torch.cuda.CUDAGraph(), [(3 * r + 2) % (FEW_ROWS + 1) for r in range(world_size)]
+    inputs[0].count_wrong(graph_sizes, wrong)
+    finish(memory)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        inputs[0].count_wrong(graph_sizes, wrong)
     for step in range(steps):
-        rows, wire, partial, total = inputs[same.randrange(5)]
-        sizes = [same.randrange(most + 1) for _ in range(world_size)]
-        start, size = sum(sizes[: rank.rank]), sizes[rank.rank]
-        delay(own)
-        gathered = peer_dispatch(memory, *(x[:size] for x in rows), scale, sizes)
-        expected = torch.cat([of_rank[:rows_of_rank] for of_rank, rows_of_rank in zip(wire, sizes, strict=True)])
-        wrong[0] += (gathered != expected).sum()
-        delay(own)
-        memory.partial(sum(sizes)).copy_(partial[: sum(sizes)])
-        wrong[1] += (peer_combine(memory, sizes) != total[start : start + size]).sum()
+        stress, kind = same.choice(inputs), same.random()
+        if kind < 0.2:
+            delay(own)
+            graph.replay()
+        else:
+            most = MANY_ROWS if kind > 0.98 else FEW_ROWS
+            stress.count_wrong([same.randrange(most + 1) for _ in range(world_size)], wrong, lambda: delay(own))
         if step % 100 == 99:
             finish(memory)  # so that launches do not run away from the device
     finish(memory)
     return [int(count) for count in wrong]
+
+
+class StressInput:
+    """Rows and results of all ranks, and what is to come of them, on the device."""
+
+    def __init__(self, memory: PeerMemory, seed: int) -> None:
+        self.memory = memory
+        sizes = [MANY_ROWS] * memory.world_size
+        self.scale = INPUT_SCALE.to(DEVICE)
+        rows = [[x.to(DEVICE) for x in of_rank] for of_rank in cases.rows_of(sizes, LAYOUT, seed)]
+        partials = [x.to(DEVICE) for x in cases.partials_of(sizes, LAYOUT.hidden_size, seed)]
+        self.rows, self.partial = rows[memory.rank], partials[memory.rank]
+        self.wire = [triton_quantize_pack(*of_rank, self.scale) for of_rank in rows]
+        self.total = cases.sum_by_rank(partials).bfloat16()
+
+    def count_wrong(self, sizes: list[int], wrong: Tensor, pause: Callable[[], None] = lambda: None) -> None:
+        """One step; adds the wrong bytes of rows and the wrong sums to `wrong`, int64 [2]."""
+        rank, num_rows = self.memory.rank, sum(sizes)
+        start, size = sum(sizes[:rank]), sizes[rank]
+        pause()
+        gathered = peer_dispatch(self.memory, *(x[:size] for x in self.rows), self.scale, sizes)
+        expected = torch.cat([of_rank[:rows_of_rank] for of_rank, rows_of_rank in zip(self.wire, sizes, strict=True)])
+        wrong[0] += (gathered != expected).sum()
+        pause()
+        self.memory.partial(num_rows).copy_(self.partial[:num_rows])
+        wrong[1] += (peer_combine(self.memory, sizes) != self.total[start : start + size]).sum()
 
 
 def delay(generator: random.Random) -> None:
