@@ -82,7 +82,7 @@ def test_results_in_fp8_give_the_same_bits_on_both_backends_and_with_fp4_on_and_
 
 
 @cache
-def answers(device: str, ranks: int) -> list[dict]:
+def answers(device: str, ranks: int, moe_comm: str = "auto") -> list[dict]:
     with nibble.Engine(
         model_path=str(DEMO_MODEL),
         device=device,
@@ -91,6 +91,7 @@ def answers(device: str, ranks: int) -> list[dict]:
         ep_size=ranks,
         enable_dp_attention=True,
         enable_flashinfer_cutlass_moe=True,
+        moe_comm_backend=moe_comm,
         max_total_tokens=65536,
         cuda_graph_max_bs=16,
         log_level="warning",
@@ -102,10 +103,10 @@ def answers(device: str, ranks: int) -> list[dict]:
     return outputs
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-def test_the_answers_are_those_of_the_cpu_but_for_near_ties(num_ranks):
+@pytest.mark.parametrize(("num_ranks", "moe_comm"), [(1, "auto"), (2, "nccl"), (2, "peer"), (4, "auto"), (8, "auto")])
+def test_the_answers_are_those_of_the_cpu_but_for_near_ties(num_ranks, moe_comm):
     same = total = 0
-    for expected, found in zip(answers("cpu", 1), answers("cuda", num_ranks), strict=True):
+    for expected, found in zip(answers("cpu", 1), answers("cuda", num_ranks, moe_comm), strict=True):
         a, b = expected["output_ids"], found["output_ids"]
         position = next((i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]), len(a))
         same, total = same + position, total + len(a)
@@ -113,7 +114,7 @@ def test_the_answers_are_those_of_the_cpu_but_for_near_ties(num_ranks):
             best, runner_up, *_ = expected["meta_info"]["output_top_logprobs"][position]
             assert best[0] - runner_up[0] < NEAR_TIE, (expected["text"], found["text"])
             assert b[position : position + 1] == [runner_up[1]], (expected["text"], found["text"])
-    print(f"{num_ranks} ranks: {same} of {total} tokens before a difference")
+    print(f"{num_ranks} ranks, {moe_comm}: {same} of {total} tokens before a difference")
     assert same >= 0.99 * total
 
 
