@@ -198,8 +198,8 @@ def delay(generator: random.Random) -> None:
         time.sleep(generator.random() / 1000)
 
 
-def leave_one_out(rank: Rank, name: str, action: str) -> str:
-    """The last rank joins and never comes. Returns the others' message; the GPU stays usable."""
+def come_too_late(rank: Rank, name: str, action: str) -> str:
+    """The last rank comes when the others have given up. Returns this rank's message; the GPU stays usable."""
     Step(shared(rank), [2] * rank.world_size).run()  # compiles, which takes longer than the others will wait
     memory = join(rank, name, timeout_s=0.5)
     step = Step(memory, [2] * rank.world_size)
@@ -212,11 +212,14 @@ def leave_one_out(rank: Rank, name: str, action: str) -> str:
         rank.state[f"graph {name}"] = graph, results
         launch = graph.replay
     rank.state[name] = memory
-    rank.state[f"cpu group {name}"].barrier()  # so that only one rank is late
+    group = rank.state[f"cpu group {name}"]
+    group.barrier()  # so that only one rank is late
     if rank.rank == rank.world_size - 1:
-        return ""
+        group.barrier()
     launch()
     torch.cuda.synchronize()
+    if rank.rank < rank.world_size - 1:
+        group.barrier()
     assert torch.ones(8, device=DEVICE).sum().item() == 8, "the GPU is not usable any more"
     try:
         memory.raise_failure()
