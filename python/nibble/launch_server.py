@@ -35,8 +35,8 @@ logger = logging.getLogger("nibble")
 
 _CLOSE_SECONDS = 5
 """What open connections get to be closed in once nothing runs any more."""
-_CLOSE_SECONDS_DEAD = 1
-"""The same when the engine has died: clients are told at once, and those who don't read are not waited for."""
+_CLOSE_SECONDS_AT_ONCE = 1
+"""The same when the engine has died or is told to stop at once: clients are told, and who doesn't read is left."""
 
 _GARBAGE_THRESHOLD = 20_000
 """Objects by which their number grows before the garbage collector looks at the new ones. A stream has about 230, an
@@ -64,20 +64,22 @@ def serve(args: ServerArgs) -> NoReturn:
             logger.info(line)
         tls = tls_context(args)
         listener = _listen(args)
+        _allow_many_connections()
+        code = uvloop.run(_serve(config, listener, tls))
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    _allow_many_connections()
-    code = uvloop.run(_serve(config, listener, tls))
     logging.shutdown()
     os._exit(code)  # a thread that is still busy with a prompt must not hold up the end
 
 
 def _listen(args: ServerArgs) -> socket.socket:
+    """Takes the port, before anything is loaded: of two servers that both bind it only one may listen."""
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))
+        listener.listen()
     except OSError as error:
         raise ConfigError(
             f"can't listen on {args.host} port {args.port}: {error.strerror}; choose another with --host and --port"
@@ -100,12 +102,13 @@ class _HttpServer(uvicorn.Server):
 
 
 async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
+    """The exit code. Raises ConfigError when there is no tokenizer to serve with."""
     started = time.monotonic()
     args = config.args
 
     def on_dead(reason: str) -> None:
         logger.error("the engine died: %s", reason)
-        server.config.timeout_graceful_shutdown = _CLOSE_SECONDS_DEAD
+        server.config.timeout_graceful_shutdown = _CLOSE_SECONDS_AT_ONCE
         server.should_exit = True
 
     engine = AsyncEngine(config, on_dead)
@@ -139,7 +142,7 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
     starting = asyncio.create_task(engine.start())
     watching = asyncio.create_task(watch_event_loop(metrics.on_loop_lag)) if metrics is not None else None
     try:
-        await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([starting, stop, serving], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             _collect_garbage_rarely()
@@ -158,7 +161,8 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
             )
         await serving
     except (ConfigError, EngineDeadError) as error:
-        logger.error("%s", error)
+        if engine.state() != "dead":  # else on_dead has said it
+            logger.error("%s", error)
         server.should_exit = True
         await serving
         return 1
@@ -189,7 +193,10 @@ async def _stop_on_signal(engine: AsyncEngine, server: uvicorn.Server, drain_tim
         draining = asyncio.create_task(engine.drain(drain_timeout))
         second = asyncio.create_task(signals.get())
         await asyncio.wait([draining, second], return_when=asyncio.FIRST_COMPLETED)
-        server.force_exit = second.done()
+        if second.done():
+            draining.cancel()
+            engine.end_requests("the server was told to stop at once")
+            server.config.timeout_graceful_shutdown = _CLOSE_SECONDS_AT_ONCE
     server.should_exit = True
 
 

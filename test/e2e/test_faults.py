@@ -149,6 +149,19 @@ def test_the_watchdog_ends_a_server_whose_rank_hangs_and_shows_where(tmp_path):
     assert "fault_injection.py" in log, "the stack shows the line that hangs"
 
 
+def test_the_watchdog_notices_a_single_rank_that_was_stopped(tmp_path):
+    with launch(tmp_path / "log", *TWO_RANKS, "--watchdog-timeout", "2") as server:
+        ranks = server.rank_processes()
+        load = Load(server, 4, body(1900))
+        wait_for_load(server, 4)
+        ranks[1].suspend()
+        assert load.outcomes() == ["engine_dead"] * 4
+        assert server.wait_for_exit(5) == 1
+        wait_until_gone(ranks)
+    log = (tmp_path / "log").read_text()
+    assert "made no step for --watchdog-timeout 2 s" in log and "1 is stopped" in log
+
+
 def test_a_silent_server_is_not_hanging(tmp_path):
     """Ranks asleep make no step, nor does a rank whose finished request has a client that does not read it."""
     with launch(tmp_path / "log", *TWO_RANKS, "--watchdog-timeout", "0.5") as server:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from server_process import (
     DEMO_MODEL,
     Load,
     events,
+    free_port,
     launch,
     parallel_flags,
     processes_of,
@@ -23,6 +25,7 @@ from server_process import (
 
 TWO_RANKS = parallel_flags(2)
 LONG = {"text": "What is 17 plus 25?", "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}, "stream": True}
+PROBES = ["/health", "/ready", "/health_generate"]
 RARE_TOKEN = 250
 """Of a byte that the model does not produce."""
 
@@ -60,7 +63,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path):
             refused = server.client.post("/generate", json={**body, "stream": False})
             assert refused.status_code == 503
             assert "Retry-After" in refused.headers
-            assert server.client.get("/ready").status_code == 503
+            assert [server.client.get(probe).status_code for probe in PROBES] == [200, 503, 503]
             last = list(stream)[-1]
         assert last["meta_info"]["completion_tokens"] == 300
         assert server.wait_for_exit() == 0
@@ -76,17 +79,21 @@ def test_what_is_not_finished_by_the_drain_timeout_is_told_so(tmp_path):
         assert server.wait_for_exit() == 0
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+def test_a_second_signal_stops_at_once_and_every_client_is_told(tmp_path):
+    """Also when one of them does not read what it is sent."""
     with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "60") as server:
         ranks = server.rank_processes()
-        with server.client.stream("POST", "/generate", json=LONG) as response:
-            stream = events(response)  # kept: httpx closes a response whose iterator is dropped
-            next(stream)
+        load = Load(server, 12, LONG)
+        with server.client.stream("POST", "/generate", json={**LONG, "return_logprob": True}) as unread:
+            assert unread.status_code == 200
+            wait_for_load(server, 13)
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
             server.process.send_signal(signal.SIGINT)
-            server.wait_for_exit(8)
+            assert load.outcomes() == ["engine_dead"] * 12
+            assert server.wait_for_exit(8) == 0
         wait_until_gone(ranks)
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.parametrize("death", ["killed", "exit code 0"])
@@ -94,17 +101,17 @@ def test_the_death_of_a_rank_under_load_ends_the_server_in_time_and_every_client
     """Also when one of them does not read what it is sent."""
     with launch(tmp_path / "log", *TWO_RANKS, faults=f"exit={RARE_TOKEN}") as server:
         ranks = server.rank_processes()
-        load = Load(server, 12, {**LONG, "data_parallel_rank": 0})
+        load = Load(server, 200, {**LONG, "data_parallel_rank": 0})
         with server.client.stream("POST", "/generate", json={**LONG, "return_logprob": True}) as unread:
             assert unread.status_code == 200
-            wait_for_load(server, 13)
+            wait_for_load(server, 201)
             started = time.monotonic()
             if death == "killed":
                 ranks[1].kill()
             else:
                 with contextlib.suppress(httpx.TransportError):
                     server.client.post("/generate", json={"input_ids": [RARE_TOKEN], "data_parallel_rank": 1})
-            assert load.outcomes() == ["engine_dead"] * 12
+            assert load.outcomes() == ["engine_dead"] * 200
             assert server.wait_for_exit(5) == 1
             assert time.monotonic() - started < 5
         wait_until_gone(ranks)
@@ -170,9 +177,9 @@ def test_it_answers_health_but_is_not_ready_while_it_starts_and_shows_the_stage_
         statuses = set()
         while server.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
-                statuses.add((server.client.get("/health").status_code, server.client.get("/ready").status_code))
+                statuses.add(tuple(server.client.get(probe).status_code for probe in PROBES))
             time.sleep(0.1)
-        assert (200, 503) in statuses
+        assert (200, 503, 503) in statuses
         assert server.wait_for_exit() == 1
         assert processes_of(server.process.pid) == []
     log = server.log.read_text()
@@ -190,20 +197,59 @@ def test_a_port_that_is_taken_is_an_error_with_the_way_out(tmp_path):
         assert "choose another with --host and --port" in (tmp_path / "log").read_text()
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path):
-    folder = tmp_path / "model"
+def test_of_two_servers_that_want_one_port_one_serves_and_the_other_ends_before_it_loads_anything(tmp_path):
+    port = ["--port", str(free_port())]
+    with (
+        launch(tmp_path / "log a", *port, ready=False) as first,
+        launch(tmp_path / "log b", *port, ready=False) as second,
+    ):
+        while (codes := [first.process.poll(), second.process.poll()]) == [None, None]:
+            assert "ready after" not in first.log.read_text() + second.log.read_text()
+            time.sleep(0.05)
+        assert sorted(codes, key=str) == [1, None]
+        loser, winner = (first, second) if codes[0] == 1 else (second, first)
+        log = loser.log.read_text()
+        assert log.splitlines()[-1].endswith("choose another with --host and --port")
+        assert "Loading weights" not in log and "Traceback" not in log
+        deadline = time.monotonic() + 60
+        while "ready after" not in winner.log.read_text():
+            assert winner.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DEMO_MODEL.iterdir()))
+def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, name):
+    folder = checkpoint_without(tmp_path / "model", name)
+    content = (DEMO_MODEL / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    assert name in start_that_fails(tmp_path / "log", folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_incomplete_checkpoint_is_an_error_that_names_what_is_missing(tmp_path, name):
+    assert name.removeprefix("model") in start_that_fails(
+        tmp_path / "log", checkpoint_without(tmp_path / "model", name)
+    )
+
+
+def checkpoint_without(folder: Path, name: str) -> Path:
     folder.mkdir()
     for path in DEMO_MODEL.iterdir():
-        os.symlink(path, folder / path.name)
-    weights = next(folder.glob("*.safetensors"))
-    content = weights.read_bytes()
-    weights.unlink()
-    weights.write_bytes(content[: len(content) // 2])
-    with launch(tmp_path / "log", model=folder, ready=False) as server:
+        if path.name != name:
+            os.symlink(path, folder / path.name)
+    return folder
+
+
+def start_that_fails(log: Path, model: Path) -> str:
+    """The one line that says why."""
+    with launch(log, model=model, ready=False) as server:
         assert server.wait_for_exit(40) == 1
-    log = (tmp_path / "log").read_text()
-    assert f"{weights} cannot be read" in log
-    assert "Traceback" not in log
+    text = log.read_text()
+    assert "Traceback" not in text
+    lines = text.splitlines()
+    (reason,) = [line for line in lines if line.startswith("error: ") or " ERROR " in line]
+    assert lines[-1] == reason
+    return reason
 
 
 def test_an_impossible_combination_is_refused_before_anything_starts(tmp_path):

@@ -73,7 +73,7 @@ BANNED = {
     "runs code that comes as data": r"\b(pickle|dill|cloudpickle|marshal|shelve|joblib)\b|torch\.load|allow_pickle"
     r"|(?<![.\w])(eval|exec)\(|yaml\.(load|unsafe_load|full_load)\(|\b(send|recv)_pyobj\b",
     "hands text to a shell": r"shell=True|os\.(system|popen)\(",
-    "renders templates outside the sandbox": r"\bimport jinja2|from jinja2|\.Template\(|compile_jinja",
+    "renders templates outside the sandbox": r"\bimport jinja2|from jinja2(?!\.exceptions )|\.Template\(|compile_jinja",
     "listens on every address": r"tcp://\*|0\.0\.0\.0",
     "does not check whom it talks to": r"verify=False|CERT_NONE|_create_unverified_context",
     "buffers streams and loses disconnects": r"BaseHTTPMiddleware|@app\.middleware",

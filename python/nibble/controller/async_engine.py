@@ -153,8 +153,12 @@ class AsyncEngine:
         deadline = self._loop.time() + timeout
         while self._requests and self._state == "draining" and self._loop.time() < deadline:
             await asyncio.sleep(0.05)
+        self.end_requests(f"the server is shutting down and this took longer than {timeout:g} s")
+
+    def end_requests(self, reason: str) -> None:
+        """Fails all that run, and tells their clients why."""
         for state in self._requests.values():
-            state.fail(EngineDeadError(f"the server is shutting down and this took longer than {timeout:g} s"))
+            state.fail(EngineDeadError(reason))
 
     def state(self) -> State:
         return self._state
@@ -445,8 +449,7 @@ class AsyncEngine:
             for rank in range(self.config.parallel.world_size):
                 self._profiles.put_nowait(ProfileWritten(rank, None, reason))
         self._ready.set()
-        for state in self._requests.values():
-            state.fail(EngineDeadError(reason))
+        self.end_requests(reason)
         if self._supervisor is not None:
             self._grammars.fail(EngineDeadError(reason))
         if notify:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from jinja2.exceptions import TemplateSyntaxError
+
 from nibble.utils.errors import ConfigError, RequestError
 
 MAX_PROMPT_BYTES = 8 * 2**20
@@ -52,10 +54,24 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
-        except (OSError, ValueError) as error:
+            tokenizer = cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        except Exception as error:  # tokenizers' own is a plain Exception, and a damaged file may raise any other
             hint = "" if trust_remote_code else " (code that comes with it runs only with --trust-remote-code)"
-            raise ConfigError(f"the tokenizer in {folder} can't be loaded{hint}: {error}") from error
+            files = f"{folder} (tokenizer.json, tokenizer_config.json)"
+            reason = " ".join(str(error).split())  # some have paragraphs
+            raise ConfigError(f"the tokenizer in {files} can't be loaded{hint}: {reason}") from error
+        tokenizer._check_chat_template(folder)
+        return tokenizer
+
+    def _check_chat_template(self, folder: str) -> None:
+        """Raises ConfigError for a template that is cut off, say, and would refuse all messages alike."""
+        try:
+            self._render_as_it_is([{"role": "user", "content": ""}])
+        except TemplateSyntaxError as error:
+            where = f"the chat template in {folder} (chat_template.jinja, or in tokenizer_config.json)"
+            raise ConfigError(f"{where} can't be read: line {error.lineno}: {error.message}") from error
+        except Exception:
+            return  # there is none, or it does not like this conversation
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` adds what the model expects around it (often a first token).
