@@ -12,13 +12,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from checkpoints import COMMON
+from nibble.controller.async_engine import AsyncEngine
 from nibble.distributed import parallel_state, peer_memory, pynccl
 from nibble.distributed.communicator import Communicator, SingleRankCommunicator
 from nibble.distributed.parallel_state import ParallelState, initialize_parallel
+from nibble.ipc.messages import RankReady
 from nibble.utils.errors import ConfigError
 from runners import engine_config
 
 SPLITS = [(tp, dp, ep) for tp in (1, 2, 4, 8) for dp in (1, 2, 4, 8) for ep in (1, 2, 4, 8) if max(dp, ep) <= tp]
+DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
 MOE = {"num_experts": 24, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
 
 
@@ -148,6 +151,17 @@ def test_where_memory_cannot_be_reached_auto_does_without_and_rank_0_says_why(tm
     memory, group = open_peer_memory(tmp_path, "auto", opened)
     assert memory is None and not group.watch.called
     assert "through NCCL; no peer memory: rank 1: no peer access" in caplog.text
+
+
+@pytest.mark.parametrize(("reached", "used"), [(True, "peer"), (False, "nccl")])
+def test_server_info_tells_the_backend_that_is_used_and_not_the_one_that_was_hoped_for(tmp_path, reached, used):
+    opened = mock.Mock(side_effect=None if reached else peer_memory.PeerMemoryUnavailable("no peer access"))
+    memory, group = open_peer_memory(tmp_path, "auto", opened)
+    state = ParallelState(0, *[group] * 5, ep_size=2, peer_memory=memory)
+    config = replace(engine_config(DEMO_MODEL), moe_comm_backend="peer")
+    engine = AsyncEngine(config)
+    engine._handle(RankReady(0, parallel_state.moe_comm_backend(config, state)))
+    assert engine.server_info()["resolved"]["moe_comm_backend"] == used
 
 
 def test_where_memory_cannot_be_reached_asking_for_it_is_an_error(tmp_path):

@@ -106,7 +106,7 @@ def test_a_group_that_sleeps_wakes_together_and_the_other_group_sleeps_on(engine
 def test_only_the_first_rank_of_a_group_answers_and_every_rank_says_how_it_is(engine):
     for number, rank in enumerate(engine.ranks):
         rank.answer(RankStage(number, "answer"))
-        rank.send(RankReady(number))
+        rank.send(RankReady(number, None))
     messages = engine.received()
     assert sorted(message.rank for message in messages if isinstance(message, RankStage)) == [0, 2]
     assert sorted(message.rank for message in messages if isinstance(message, RankReady)) == [0, 1, 2, 3]

@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import hmac
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +71,12 @@ def test_the_routes_that_are_open_or_for_administrators_exist():
     api = Api()
     unknown = {path for path in OPEN_PATHS | ADMIN_PATHS if api.get(path).status_code == 404}
     assert unknown <= {"/start_profile", "/stop_profile"}
+
+
+def test_the_routes_that_need_no_key_are_those_that_the_documentation_names():
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| `--api-key` |")]
+    assert set(re.findall(r"`(/\w*)`", row)) == OPEN_PATHS
 
 
 def test_keys_are_compared_in_constant_time_and_all_of_them(monkeypatch):

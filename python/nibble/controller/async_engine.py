@@ -88,6 +88,8 @@ class AsyncEngine:
         """Whether it died of a rank that hangs, whose stack is worth a look."""
         self._ready = asyncio.Event()
         self._stages: dict[int, str] = {}
+        self._moe_comm_backend = config.moe_comm_backend
+        """Until the ranks are ready, what they will try."""
         self._requests: dict[str, RequestState] = {}
         self._news: dict[RequestState, None] = {}
         """Whose readers are still to be told; what comes for them meanwhile joins it."""
@@ -181,6 +183,7 @@ class AsyncEngine:
     def server_info(self) -> dict[str, Any]:
         resolved: dict[str, Any] = msgspec.to_builtins(self.config)
         del resolved["args"]
+        resolved["moe_comm_backend"] = self._moe_comm_backend
         return {
             **shown_args(self.config.args),
             "resolved": resolved,
@@ -408,6 +411,7 @@ class AsyncEngine:
                 logger.debug("rank %d: %s", message.rank, message.stage)
             case RankReady():
                 self._stages[message.rank] = "ready"
+                self._moe_comm_backend = message.moe_comm_backend
                 if len(self._stages) == self.config.parallel.world_size and set(self._stages.values()) == {"ready"}:
                     self._ready.set()
             case RankFailed():

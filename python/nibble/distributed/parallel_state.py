@@ -91,6 +91,11 @@ def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> Paral
     )
 
 
+def moe_comm_backend(config: EngineConfig, state: ParallelState) -> str | None:
+    """What was resolved, or what --moe-comm-backend auto has to take where peer memory can't be reached."""
+    return "nccl" if config.moe_comm_backend == "peer" and state.peer_memory is None else config.moe_comm_backend
+
+
 class _Meeting:
     """Joins the groups of one rank. All ranks join theirs in the same order."""
 

@@ -76,6 +76,8 @@ class RankStage(msgspec.Struct, frozen=True, tag=True):
 
 class RankReady(msgspec.Struct, frozen=True, tag=True):
     rank: int
+    moe_comm_backend: str | None
+    """Through which rows go to the experts and back, as it turned out when the ranks met."""
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag=True):

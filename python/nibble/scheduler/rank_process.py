@@ -18,7 +18,7 @@ import torch
 
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.communicator import CollectiveError
-from nibble.distributed.parallel_state import initialize_parallel
+from nibble.distributed.parallel_state import initialize_parallel, moe_comm_backend
 from nibble.ipc.messages import GrammarCompiled, ProfileWritten, RankFailed, RankReady, RankStage, vocabulary_path
 from nibble.ipc.progress import ProgressBoard
 from nibble.kernels.select import select_kernels
@@ -110,7 +110,7 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
     )
     gc.collect()
     gc.freeze()  # the model stays; collecting garbage need not look at it again
-    sockets.send(RankReady(rank))
+    sockets.send(RankReady(rank, moe_comm_backend(config, parallel)))
     if statistics is not None:
         statistics.report(loop.scheduler, sleeps=True)
     return loop
