@@ -173,7 +173,7 @@ async def run_at(client: httpx.AsyncClient, rate: float, args: argparse.Namespac
 
 async def multi_turn(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"{'':>14} {'prompt tokens':>14} {'computed':>9} {'seconds':>8}")
-    results = []
+    results: list[dict[str, Any]] = []
     for name, flags in (("prefix cache", ()), ("without", ("--disable-radix-cache",))):
         async with server(args, *flags) as client:
             vocab_size = await vocabulary(client)

@@ -11,6 +11,8 @@ sorted rows and neither sorts nor combines. Each figure is the median over repla
 different routing.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import argparse
 import json
 from dataclasses import dataclass

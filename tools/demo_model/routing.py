@@ -66,4 +66,4 @@ def correct_biases(model: PreTrainedModel, routed: Sequence[Routed], valid: Tens
     for router, said in zip(routers(model), routed, strict=True):
         chosen = said.ids[valid].flatten()
         load = torch.bincount(chosen, minlength=said.logits.shape[1]).float()  # [E]
-        router.e_score_correction_bias += BIAS_STEP * (load.mean() - load).sign()
+        router.get_buffer("e_score_correction_bias").add_(BIAS_STEP * (load.mean() - load).sign())

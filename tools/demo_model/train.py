@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ TOKENS_PER_STEP = 32768
 RECORDED_QUESTIONS = 2000
 
 Rounding = Callable[[Tensor], Tensor]
-Experts = Qwen3MoeExperts | DeepseekV3Experts
+Experts: TypeAlias = Qwen3MoeExperts | DeepseekV3Experts
 
 
 # ---- The forward pass in training ----
@@ -84,7 +84,7 @@ def install_training_forward(model: PreTrainedModel, rounding: Rounding) -> None
     """Replaces the forward pass of what NVFP4 quantizes: attention projections, feed-forward layers and experts."""
     for module in model.model.layers.modules():
         if isinstance(module, nn.Linear):
-            module.forward = partial(rounded_linear, module, rounding)
+            module.forward = partial(rounded_linear, module, rounding)  # type: ignore[method-assign]
         elif isinstance(module, Experts):
             module.forward = partial(dense_experts, module, rounding)
 
