@@ -96,9 +96,22 @@ def _allow_many_connections() -> None:
 class _HttpServer(uvicorn.Server):
     """Leaves signals to this module, which drains the engine before it stops the server."""
 
+    close_seconds = _CLOSE_SECONDS
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Cuts off who has not read the end by the deadline. uvicorn would cancel them, with a traceback for each."""
+        self.config.timeout_graceful_shutdown = self.close_seconds + 1  # for a handler that goes on all the same
+        cutting = asyncio.get_running_loop().call_later(self.close_seconds, self._cut_connections)
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    def _cut_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
@@ -108,7 +121,7 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
 
     def on_dead(reason: str) -> None:
         logger.error("the engine died: %s", reason)
-        server.config.timeout_graceful_shutdown = _CLOSE_SECONDS_AT_ONCE
+        server.close_seconds = _CLOSE_SECONDS_AT_ONCE
         server.should_exit = True
 
     engine = AsyncEngine(config, on_dead)
@@ -134,7 +147,6 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
             log_config=None,  # its warnings look like all other lines
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=_CLOSE_SECONDS,
         )
     )
     stop = asyncio.create_task(_stop_on_signal(engine, server, args.drain_timeout))
@@ -182,7 +194,7 @@ def _collect_garbage_rarely() -> None:
     gc.set_threshold(_GARBAGE_THRESHOLD)
 
 
-async def _stop_on_signal(engine: AsyncEngine, server: uvicorn.Server, drain_timeout: float) -> None:
+async def _stop_on_signal(engine: AsyncEngine, server: _HttpServer, drain_timeout: float) -> None:
     """First SIGINT or SIGTERM: finish what runs, then stop. A second one: stop now."""
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -196,7 +208,7 @@ async def _stop_on_signal(engine: AsyncEngine, server: uvicorn.Server, drain_tim
         if second.done():
             draining.cancel()
             engine.end_requests("the server was told to stop at once")
-            server.config.timeout_graceful_shutdown = _CLOSE_SECONDS_AT_ONCE
+            server.close_seconds = _CLOSE_SECONDS_AT_ONCE
     server.should_exit = True
 
 

@@ -136,6 +136,20 @@ def events(response: httpx.Response) -> Iterator[dict]:
             yield json.loads(line.removeprefix("data: "))
 
 
+@contextmanager
+def unread_stream(server: Server, request: dict) -> Iterator[None]:
+    """A stream whose client reads nothing and has room for little."""
+    body = json.dumps({**request, "stream": True, "return_logprob": True, "top_logprobs_num": 20}).encode()
+    head = (
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(head.encode() + body)
+        yield
+
+
 class Load:
     """Many clients at once, half of them streaming; `outcomes` says of each how its request ended."""
 

@@ -19,6 +19,7 @@ from server_process import (
     parallel_flags,
     processes_of,
     shared_files,
+    unread_stream,
     wait_for_load,
     wait_until_gone,
 )
@@ -84,9 +85,9 @@ def test_a_second_signal_stops_at_once_and_every_client_is_told(tmp_path):
     with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "60") as server:
         ranks = server.rank_processes()
         load = Load(server, 12, LONG)
-        with server.client.stream("POST", "/generate", json={**LONG, "return_logprob": True}) as unread:
-            assert unread.status_code == 200
+        with unread_stream(server, LONG):
             wait_for_load(server, 13)
+            time.sleep(1)  # until there is more than it takes
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.3)
             server.process.send_signal(signal.SIGINT)
@@ -102,8 +103,7 @@ def test_the_death_of_a_rank_under_load_ends_the_server_in_time_and_every_client
     with launch(tmp_path / "log", *TWO_RANKS, faults=f"exit={RARE_TOKEN}") as server:
         ranks = server.rank_processes()
         load = Load(server, 200, {**LONG, "data_parallel_rank": 0})
-        with server.client.stream("POST", "/generate", json={**LONG, "return_logprob": True}) as unread:
-            assert unread.status_code == 200
+        with unread_stream(server, LONG):
             wait_for_load(server, 201)
             started = time.monotonic()
             if death == "killed":
