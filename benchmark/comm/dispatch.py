@@ -105,23 +105,24 @@ def measure_as_rank(rank: int, num_ranks: int, rows: list[int], run_dir: Path) -
     cpu_group.barrier()
     group = PyNcclCommunicator(cpu_group, "dispatch", 60, device)
     ranks_per_gpu = -(-num_ranks // torch.cuda.device_count())
-    memories = [
+    memory, fp8_memory = (
         open_peer_memory(
             cpu_group, group.device, SegmentLayout(num_ranks * max(rows), LAYOUT.row_bytes, HIDDEN_SIZE, fp8), 30
         )
         for fp8 in (False, True)
-    ]
+    )
     results: Results = {}
     for size in rows:
-        times = {name: time_graph(call, group, cpu_group) for name, call in cases(group, *memories, size).items()}
+        calls = cases(group, memory, fp8_memory, size)
+        times = {name: time_graph(call, group, cpu_group) for name, call in calls.items()}
         moved = ranks_per_gpu * size * num_ranks / bytes_per_second * 1e6 if rank == 0 else 0.0
         times["floor, FP4"] = 2 * moved * LAYOUT.row_bytes
         times["floor, combine"] = moved * 2 * HIDDEN_SIZE * (1 + 1 / num_ranks)
         times["floor, combine FP8"] = moved * (FP8_ROW_BYTES + 2 * HIDDEN_SIZE / num_ranks)
         results[str(size)] = {name: round(value, 1) for name, value in times.items()}
-    for memory in memories:
-        memory.raise_failure()
-        memory.close()
+    for opened in (memory, fp8_memory):
+        opened.raise_failure()
+        opened.close()
     group.barrier()
     group.close()
     cpu_group.close()

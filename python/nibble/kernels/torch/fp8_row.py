@@ -18,11 +18,11 @@ from torch import Tensor
 
 GROUP_SIZE = 128
 _ROW_ALIGNMENT = 16
-_INFINITY = 0x7F800000  # bits of fp32
+INFINITY = 0x7F800000  # bits of fp32
 # With m the mantissa of the largest value 1.m * 2^e, adding this carries into the exponent if 1.m exceeds 1.75. The
 # largest e4m3 number is 1.75 * 2^8.
-_ABOVE_448 = 0x7FFFFF - 0x600000
-_EXPONENT_448 = 8
+ABOVE_448 = 0x7FFFFF - 0x600000
+EXPONENT_448 = 8
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def quantize_fp8_rows(x: Tensor, out: Tensor | None = None) -> Tensor:
     groups = F.pad(x.float(), (0, -x.shape[1] % GROUP_SIZE)).unflatten(1, (layout.num_groups, GROUP_SIZE))
     # As integers, magnitudes are ordered like the numbers, with NaN above infinity.
     largest = (groups.view(torch.int32) & 0x7FFFFFFF).amax(2, keepdim=True)  # [T, G, 1]
-    exponent = (((largest + _ABOVE_448) >> 23) - _EXPONENT_448).clamp_min(1)  # biased
-    scale = (exponent << 23).view(torch.float32).masked_fill(largest >= _INFINITY, torch.nan)
+    exponent = (((largest + ABOVE_448) >> 23) - EXPONENT_448).clamp_min(1)  # biased
+    scale = (exponent << 23).view(torch.float32).masked_fill(largest >= INFINITY, torch.nan)
     reciprocal = ((254 - exponent) << 23).view(torch.float32)
     values.copy_((groups * reciprocal).flatten(1)[:, : layout.hidden_size].to(torch.float8_e4m3fn))
     scales.copy_(scale.squeeze(2))

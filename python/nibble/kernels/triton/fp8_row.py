@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from nibble.kernels.torch.fp8_row import GROUP_SIZE, Fp8RowLayout
+from nibble.kernels.torch.fp8_row import ABOVE_448, EXPONENT_448, GROUP_SIZE, INFINITY, Fp8RowLayout
 from nibble.kernels.triton.nvfp4 import float_bits, magnitude, round_scale
 from nibble.kernels.triton.nvfp4_tiles import e4m3_value
 
@@ -20,9 +20,9 @@ _NUM_WARPS = 4
 
 _GROUP_SIZE = tl.constexpr(GROUP_SIZE)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-_INFINITY = tl.constexpr(0x7F800000)
-_ABOVE_448 = tl.constexpr(0x7FFFFF - 0x600000)
-_EXPONENT_448 = tl.constexpr(8)
+_INFINITY = tl.constexpr(INFINITY)
+_ABOVE_448 = tl.constexpr(ABOVE_448)
+_EXPONENT_448 = tl.constexpr(EXPONENT_448)
 
 
 def quantize_fp8_rows(x: Tensor, out: Tensor | None = None) -> Tensor:
