@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -13,13 +12,16 @@ import msgspec
 import psutil
 
 from nibble.config.resolve import EngineConfig
+from nibble.ipc.messages import stacks_written_path
 from nibble.utils.process import module_command, module_environment
+from nibble.utils.stacks import ask_for_stacks
 
 logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 1.5
 """What all ranks together get to end by themselves."""
-_STACK_SECONDS = 0.2
+_STACK_SECONDS = 2.0
+"""What each rank gets to write where it is."""
 
 
 class Supervisor:
@@ -67,12 +69,12 @@ class Supervisor:
                 process.wait()
 
     def _dump_stacks(self) -> None:
-        """Has every rank write the stacks of its threads to standard error, also one that was stopped or spins in C."""
-        for process in self._processes:
-            if process is not None and process.poll() is None:
-                for number in (signal.SIGUSR1, signal.SIGCONT):
-                    process.send_signal(number)
-                time.sleep(_STACK_SECONDS)  # one after the other, so that they can be told apart
+        """Has the ranks write their stacks to standard error, one after the other, so that they can be told apart."""
+        for rank, process in enumerate(self._processes):
+            if process is None or process.poll() is not None:
+                continue
+            if not ask_for_stacks(process.pid, stacks_written_path(self._run_dir, rank), _STACK_SECONDS):
+                logger.warning("rank %d does not say where it is", rank)
 
     def states(self) -> list[str]:
         """What the system says of each rank's process: running, sleeping, stopped, disk-sleep, …"""

@@ -142,5 +142,10 @@ def vocabulary_path(run_dir: Path) -> Path:
     return run_dir / "vocabulary.json"
 
 
+def stacks_written_path(run_dir: Path, rank: int) -> Path:
+    """Grows by a byte whenever the rank has written its stacks to standard error."""
+    return run_dir / f"stacks-written-{rank}"
+
+
 def engine_address(run_dir: Path) -> str:
     return f"ipc://{run_dir}/engine"

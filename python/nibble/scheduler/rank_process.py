@@ -4,7 +4,6 @@ Standard input brings the engine's configuration as one line of JSON and then st
 engine is gone, and this process with it.
 """
 
-import faulthandler
 import gc
 import logging
 import os
@@ -19,7 +18,15 @@ import torch
 from nibble.config.resolve import EngineConfig
 from nibble.distributed.communicator import CollectiveError
 from nibble.distributed.parallel_state import initialize_parallel, moe_comm_backend
-from nibble.ipc.messages import GrammarCompiled, ProfileWritten, RankFailed, RankReady, RankStage, vocabulary_path
+from nibble.ipc.messages import (
+    GrammarCompiled,
+    ProfileWritten,
+    RankFailed,
+    RankReady,
+    RankStage,
+    stacks_written_path,
+    vocabulary_path,
+)
 from nibble.ipc.progress import ProgressBoard
 from nibble.kernels.select import select_kernels
 from nibble.model_executor.model_runner import ModelRunner
@@ -37,6 +44,7 @@ from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
 from nibble.structured_output.store import GrammarStore
 from nibble.utils.errors import ConfigError
 from nibble.utils.process import die_with_parent
+from nibble.utils.stacks import write_stacks_on_signal
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +53,7 @@ def main() -> None:
     rank, run_dir = int(sys.argv[1]), Path(sys.argv[2])
     # Ctrl-C reaches every process of the terminal; the engine decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR1)  # how the engine has the stacks of a stuck rank written to standard error
+    write_stacks_on_signal(stacks_written_path(run_dir, rank))
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     die_with_parent(sys.stdin.fileno())
     setproctitle.setproctitle(f"nibble rank {rank}")
