@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from nibble.config.fp4_allgather import Fp4AllGatherDecision, should_use_flashinfer_cutlass_moe_fp4_allgather
 from nibble.config.model_config import ModelConfig, load_model_config
 from nibble.config.parallel_config import ParallelConfig, resolve_parallel
@@ -225,6 +223,8 @@ def checkpoint_folder(name: str, weights: bool) -> Path:
         raise ConfigError(f"--model-path {name!r} is not a folder")
     patterns = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])
     try:
+        from huggingface_hub import snapshot_download  # a fifth of a second, which few need
+
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise ConfigError(
