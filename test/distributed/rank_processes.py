@@ -29,6 +29,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Self
 
 GRACE_S = 3.0  # for the other ranks to answer after one has failed
+END_S = 10.0  # for all ranks to end
 PR_SET_PDEATHSIG = 1
 
 
@@ -104,7 +105,7 @@ class RankProcesses:
                 time.sleep(0.2)
                 break
         if failures:
-            self.close()
+            self._kill_all()
             raise RankFailure("\n".join(failures))
         return [results[rank] for rank in ranks]
 
@@ -116,6 +117,16 @@ class RankProcesses:
         connection.close()
 
     def close(self) -> None:
+        """The ranks end by themselves: under MPS whoever is killed amid a kernel takes others with it."""
+        for _, connection in self._processes.values():
+            connection.close()
+        deadline = time.monotonic() + END_S
+        for process, _ in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        self._kill_all()
+
+    def _kill_all(self) -> None:
         for rank in list(self._processes):
             self.kill(rank)
 
@@ -182,8 +193,12 @@ def _main() -> None:
     if os.getppid() != int(parent):  # it died before the line above
         return
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    with contextlib.suppress(EOFError):  # the parent has gone
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed its end, or has gone
         _serve(Rank(int(rank), int(world_size), Path(run_dir)), Connection(int(descriptor)))
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    os._exit(0)  # what a test has left behind needs no order to end in
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The processes that the tests of several ranks run in. They must not hide a failure."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rank_processes
 from rank_processes import Rank, RankFailure, RankProcesses, run_ranks
 
 
@@ -76,3 +78,15 @@ def test_processes_start_afresh_after_a_failure(ranks: RankProcesses) -> None:
 def test_no_process_is_left_when_a_run_ends(tmp_path: Path) -> None:
     pids = [answer["pid"] for answer in run_ranks(describe, 2, tmp_path)]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_processes_end_by_themselves_but_not_later_than_all_have_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_processes, "END_S", 2.0)
+    with RankProcesses(2, tmp_path) as processes:
+        processes.run(describe)
+        children = [process for process, _ in processes._processes.values()]
+        processes.start(hang_on_one)
+        processes.results(ranks=[0])
+    assert [child.returncode for child in children] == [0, -signal.SIGKILL]

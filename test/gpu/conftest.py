@@ -1,4 +1,4 @@
-"""Tests marked gpu are skipped where there is none."""
+"""Tests marked gpu are skipped where there is none. What order they come in, and what they share."""
 
 import subprocess
 import sys
@@ -11,14 +11,15 @@ import torch
 
 from gpu_lock import GpuLock
 
-COMPILED_BY_FLASHINFER = (
-    "test_layer_kernels_gpu.py",
-    "test_flashinfer_attention.py",
-    "test_cuda_graphs.py",
-    "test_engine_gpu.py",
-    "test_overlap_gpu.py",
-    "test_deepseek_gpu.py",
-)
+COMPILERS_SECONDS = 400
+PROCESSES = (
+    "test_peer_memory.py", "test_pynccl.py", "test_splits_gpu.py",
+    "test_cuda_graphs.py", "test_engine_gpu.py", "test_overlap_gpu.py", "test_missing_ranks.py",
+)  # fmt: skip
+"""Those that start processes which share the GPU, in this order, after those that use it in pytest's own process.
+
+A kernel that ends badly in one of them would take pytest's own use of the GPU with it.
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,14 +30,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if item.path.name in COMPILED_BY_FLASHINFER:
-            item.add_marker(pytest.mark.timeout(400))  # one of them waits for the compilers
-    items.sort(key=lambda item: item.path.name in COMPILED_BY_FLASHINFER)
+        if needs_flashinfer(item):
+            item.add_marker(pytest.mark.timeout(COMPILERS_SECONDS))  # one of them waits for the compilers
+    items.sort(key=place)
+
+
+def needs_flashinfer(item: pytest.Item) -> bool:
+    return "flashinfer" in getattr(item, "fixturenames", ())
+
+
+def place(item: pytest.Item) -> tuple[int, bool]:
+    """Where it comes. Sorting keeps the order of equal ones."""
+    if item.path.name in PROCESSES:
+        return 1 + PROCESSES.index(item.path.name), False
+    return 0, needs_flashinfer(item)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def flashinfer_compilers() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """In the background, while the first tests run: it takes minutes, and the tests that need it come last."""
+    """In the background, while the first tests run: it takes minutes, and those that need it come later."""
     script = str(Path(__file__).with_name("compile_flashinfer.py"))
     kinds = ("64", "128", "mla") if torch.cuda.is_available() else ()
     compilers = [subprocess.Popen([sys.executable, script, kind]) for kind in kinds]
@@ -46,13 +58,13 @@ def flashinfer_compilers() -> Iterator[list[subprocess.Popen[bytes]]]:
         compiler.wait()
 
 
+@pytest.fixture
+def flashinfer(flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
+    """Compiled. For tests that use it, also in processes of their own."""
+    assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)
+
+
 @pytest.fixture(autouse=True)
 def gpu_lock() -> Iterator[GpuLock]:
     with ExitStack() as stack:
         yield GpuLock(stack)
-
-
-@pytest.fixture(autouse=True)
-def flashinfer_is_compiled(request: pytest.FixtureRequest, flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
-    if request.path.name in COMPILED_BY_FLASHINFER:
-        assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)

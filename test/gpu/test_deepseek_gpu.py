@@ -1,20 +1,18 @@
 """DeepSeek on a GPU, small but with the sizes of R1's latent attention, for which FlashInfer has a kernel."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from nibble.distributed.parallel_state import initialize_parallel
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.model_runner import ModelRunner
 from runners import all_logits, engine_config
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flashinfer")]
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -1,25 +1,19 @@
 """The engine on a GPU: the FP4 gather changes no bit, and the demo model answers as it does on the CPU."""
 
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-
-import nibble
-from nibble.distributed.pynccl import multi_rank_gpu_environment
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.demo_model.data import heldout
 
+import nibble
 import test_fp4_allgather as on_cpu
+from gpu_ranks import gpu_ranks
 from rank_processes import RankProcesses
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flashinfer")]
 checkpoint = on_cpu.checkpoint
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
@@ -31,11 +25,8 @@ NEAR_TIE = 1.0
 
 @pytest.fixture(scope="module", params=[1, 2, 4, 8])
 def ranks(request, tmp_path_factory) -> Iterator[RankProcesses]:
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in multi_rank_gpu_environment(request.param).items():
-            environment.setenv(name, value)
-        with RankProcesses(request.param, tmp_path_factory.mktemp("ranks")) as processes:
-            yield processes
+    with gpu_ranks(request.param, tmp_path_factory) as processes:
+        yield processes
 
 
 def forward(ranks, checkpoint, sizes, fp4, moe_comm, combine="bf16"):

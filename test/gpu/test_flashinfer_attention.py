@@ -13,7 +13,7 @@ from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch, GraphAttentionBackend
 from nibble.layers.attention.torch_backend import TorchAttentionBackend
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flashinfer")]
 
 DEVICE = torch.device("cuda")
 BATCHES = {

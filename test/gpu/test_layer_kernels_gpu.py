@@ -1,10 +1,9 @@
-"""The kernels of a layer that are not about experts, compiled: Triton's against fp64, FlashInfer's against torch."""
+"""The kernels of a layer that are not about experts, compiled, against fp64."""
 
 import pytest
 import torch
 
 import layer_kernel_cases as cases
-from nibble.kernels.torch import activation, norm
 
 pytestmark = pytest.mark.gpu
 
@@ -49,23 +48,3 @@ def test_latent_vectors_are_copied_and_the_parts_behind_them_rotated_as_in_fp64(
 @pytest.mark.parametrize("rows", [0, 1, 70])
 def test_keys_and_values_go_to_their_slots_and_nowhere_else(rows, heads, size):
     cases.check_store_kv(rows, heads, size, torch.bfloat16, "cuda")
-
-
-@pytest.mark.parametrize("rows", [0, 1, 300])
-def test_flashinfers_norms_and_activation_are_those_of_torch(rows):
-    from nibble.kernels.flashinfer import norm as flashinfer
-
-    generator = torch.Generator().manual_seed(rows)
-    x, residual = torch.randn(2, rows, 256, generator=generator).bfloat16().cuda()
-    weight = (torch.rand(256, generator=generator) + 0.5).bfloat16().cuda()
-    close = {"rtol": 2.0**-7, "atol": 1e-5}
-    torch.testing.assert_close(flashinfer.rms_norm(x, weight, 1e-6), norm.rms_norm(x, weight, 1e-6), **close)
-    wide = torch.randn(rows, 600, generator=generator).bfloat16().cuda()
-    part = wide[:, 64:320]  # as of a projection that gives more than what is normalized
-    torch.testing.assert_close(flashinfer.rms_norm(part, weight, 1e-6), norm.rms_norm(part, weight, 1e-6), **close)
-    torch.testing.assert_close(flashinfer.silu_and_mul(x), activation.silu_and_mul(x), **close)
-    expected = norm.add_rms_norm(x, residual, weight, 1e-6)
-    found = flashinfer.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
-    for result, reference in zip(found, expected, strict=True):
-        # The sum is normalized before or after it is rounded.
-        torch.testing.assert_close(result, reference, rtol=2.0**-6, atol=1e-2)

@@ -1,18 +1,15 @@
 """Steps that overlap on a GPU give the tokens of steps that are waited for."""
 
 import random
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from tools.demo_model.data import heldout
 
 import nibble
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from tools.demo_model.data import heldout
-
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flashinfer")]
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
 COUNT = 64

@@ -1,13 +1,11 @@
 """Splits over ranks of GPUs give the logits of one CPU rank: PyNCCL's groups, in fp32 without graphs."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from nibble.distributed.pynccl import multi_rank_gpu_environment
+from gpu_ranks import gpu_ranks
 from rank_processes import RankProcesses
 from split_cases import SPLITS, alone, cases_of, relative_errors, save_irregular_moe
 from split_ranks import run_cases
@@ -22,11 +20,8 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{}-ranks".format)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in multi_rank_gpu_environment(request.param).items():
-            environment.setenv(name, value)
-        with RankProcesses(request.param, tmp_path_factory.mktemp("ranks"), timeout_s=170) as processes:
-            yield processes
+    with gpu_ranks(request.param, tmp_path_factory, timeout_s=170) as processes:
+        yield processes
 
 
 @pytest.mark.parametrize(("dp", "ep"), [(dp, ep) for dp in (1, 2, 4) for ep in (1, 2, 4)])

@@ -1,7 +1,5 @@
 """The row counts of a step: installed once, never nested, always cleared, never those of another group."""
 
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from nibble.distributed.communicator import Communicator, SingleRankCommunicator
 from nibble.distributed.parallel_state import ParallelState
 from nibble.layers.dp_attention import (

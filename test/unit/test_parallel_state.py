@@ -1,7 +1,6 @@
 """Which ranks form which group, and which experts a rank holds."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from checkpoints import COMMON
 from nibble.controller.async_engine import AsyncEngine
 from nibble.distributed import parallel_state, peer_memory, pynccl
