@@ -13,8 +13,9 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -63,7 +64,14 @@ def measure_transformers(folder: Path, dtype: torch.dtype, new_tokens: int, repe
     return rates
 
 
-def measure_engine(model_path: Path, ranks: int, new_tokens: int, repeats: int) -> dict[int, float]:
+def measure_engine(
+    model_path: Path,
+    ranks: int,
+    new_tokens: int,
+    repeats: int,
+    concurrency: Sequence[int] = CONCURRENCY,
+    **flags: Any,
+) -> dict[int, float]:
     rates = {}
     with nibble.Engine(
         model_path=str(model_path),
@@ -74,9 +82,10 @@ def measure_engine(model_path: Path, ranks: int, new_tokens: int, repeats: int) 
         enable_flashinfer_cutlass_moe=True,
         disable_radix_cache=True,  # every repetition computes its prompts, as transformers does
         log_level="warning",
+        **flags,
     ) as engine:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        for count in CONCURRENCY:
+        for count in concurrency:
             batch = prompts(count, engine.config.model.vocab_size)
 
             def run(batch: list[list[int]] = batch) -> None:
