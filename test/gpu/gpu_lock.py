@@ -19,6 +19,7 @@ class GpuLock:
         self._take(fcntl.LOCK_EX)
 
     def _take(self, kind: int) -> None:
+        fcntl.flock(self._gpu, fcntl.LOCK_UN)  # or two that both want it alone wait for each other's share
         fcntl.flock(self._gate, fcntl.LOCK_EX)  # so that nobody overtakes who waits
         fcntl.flock(self._gpu, kind)
         fcntl.flock(self._gate, fcntl.LOCK_UN)
