@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gpu_lock import GpuLock
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch, GraphAttentionBackend
 from nibble.layers.attention.torch_backend import TorchAttentionBackend
@@ -77,8 +78,19 @@ def random_qkv(shape: Shape, rows: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return q.contiguous(), k, k[..., : shape.kv_lora_rank] if shape.kv_lora_rank else v
 
 
+@pytest.fixture
+def shape(request: pytest.FixtureRequest, gpu_lock: GpuLock) -> Shape:
+    """The kernel of latent attention waits until it has all multiprocessors: beside kernels that wait for each other,
+    for ever.
+    """
+    shape: Shape = request.param
+    if shape.kv_lora_rank:
+        gpu_lock.alone()
+    return shape
+
+
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str, indirect=True)
 @pytest.mark.parametrize("name", BATCHES)
 def test_attention_is_that_of_torch(name: str, shape: Shape, page_size: int) -> None:
     batch = batch_of(name, page_size)
@@ -93,7 +105,7 @@ def test_attention_is_that_of_torch(name: str, shape: Shape, page_size: int) -> 
         assert torch.equal(ours.values[layer], theirs.values[layer])
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[-1]], ids=str, indirect=True)
 def test_a_captured_step_follows_its_plan(shape: Shape) -> None:
     """The lengths, the pages and the slots of the capture must not stay behind in the graph."""
     page_size, rows = 16, 3

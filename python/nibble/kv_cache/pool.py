@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from nibble.config.model_config import ModelConfig
+from nibble.utils.transfer import to_device
 
 
 class KvCachePool:
@@ -48,7 +49,7 @@ class KvCachePool:
 
     def clear(self, pages: Iterable[int]) -> None:
         """Zeroes pages that may hold NaN."""
-        index = torch.tensor(list(pages), dtype=torch.int64, device=self.device)
+        index = to_device(list(pages), self.device)
         for tensor in self.tensors:
             _plain(tensor).index_fill_(0, index, 0)
 

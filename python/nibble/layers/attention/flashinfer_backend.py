@@ -69,10 +69,15 @@ class FlashInferBackend:
         wrapper.plan(*self._pages(batch), head_dim=self._head_dim, **self._shape)
 
     def _pages(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The batch's page lists, and the tokens in the last page of each sequence [B], on the host."""
+        """The batch's page lists, and the tokens in the last page of each sequence [B].
+
+        All on the host, where FlashInfer plans, but the pages themselves: to copy these for a CUDA graph it would wait
+        for the device.
+        """
         size = self.pool.page_size
         first_pages, pages = batch.page_lists(size)
-        return int32(first_pages), int32(pages), int32([(length - 1) % size + 1 for length in batch.seq_lens])
+        last_lens = [(length - 1) % size + 1 for length in batch.seq_lens]
+        return int32(first_pages), to_device(pages, self.pool.device, torch.int32), int32(last_lens)
 
 
 class FlashInferStep:

@@ -58,7 +58,7 @@ class FlashInferMlaBackend:
         wrapper.plan(
             qo_indptr=int32([0, *accumulate(batch.query_lens)]),
             kv_indptr=int32(first_pages),
-            kv_indices=int32(pages),
+            kv_indices=to_device(pages, self.pool.device, torch.int32),
             kv_len_arr=int32(list(batch.seq_lens)),
             **self._shape,
         )

@@ -77,4 +77,4 @@ class TritonMlaGraphStep(TritonMlaStep):
             (self.seq_lens, batch.seq_lens),
             (self.slots, batch.slots(page_size)),
         ):
-            tensor.copy_(torch.tensor(values, dtype=tensor.dtype), non_blocking=True)
+            tensor.copy_(to_device(values, tensor.device, tensor.dtype))
