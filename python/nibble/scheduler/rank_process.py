@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -48,6 +50,9 @@ from nibble.utils.stacks import write_stacks_on_signal
 
 logger = logging.getLogger(__name__)
 
+_FINISH_SECONDS = 1.0
+"""Less than the supervisor gives a rank to end by itself."""
+
 
 def main() -> None:
     rank, run_dir = int(sys.argv[1]), Path(sys.argv[2])
@@ -55,13 +60,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     write_stacks_on_signal(stacks_written_path(run_dir, rank))
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-    die_with_parent(sys.stdin.fileno())
+    gpus: list[torch.device] = []  # this rank's, once it has one
+    die_with_parent(sys.stdin.fileno(), lambda: _let_finish(gpus))
     setproctitle.setproctitle(f"nibble rank {rank}")
     configure_logging(config.args.log_level, f"rank {rank}", config.args.log_format)
     sockets = RankSockets(run_dir, rank, config.parallel)
     try:
         progress = ProgressBoard(run_dir, config.parallel.world_size)
-        _start(config, rank, run_dir, sockets).run_forever(lambda: progress.advance(rank))
+        _start(config, rank, run_dir, sockets, gpus).run_forever(lambda: progress.advance(rank))
     except Exception as error:
         if not isinstance(error, ConfigError):
             logger.exception("rank %d failed", rank)
@@ -71,7 +77,18 @@ def main() -> None:
         sys.exit(1)
 
 
-def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets) -> EventLoop:
+def _let_finish(gpus: Sequence[torch.device]) -> None:
+    """Waits a moment for what the GPU has been given, the step behind the last answer for one.
+
+    A process that ends amid a kernel may take down all others that use its GPU through the Multi-Process Service.
+    """
+    deadline = time.monotonic() + _FINISH_SECONDS
+    for gpu in gpus:
+        while not torch.cuda.default_stream(gpu).query() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets, gpus: list[torch.device]) -> EventLoop:
     torch.set_num_threads(config.cpu_threads)
     faults = FaultInjection.from_environment()
 
@@ -81,6 +98,8 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets)
 
     on_stage("meeting the other ranks")
     parallel = initialize_parallel(config, rank, run_dir)
+    if parallel.device.type == "cuda":
+        gpus.append(parallel.device)
     if config.rank_cores:  # only now: the group has looked at how many cores its ranks have together
         os.sched_setaffinity(0, config.rank_cores[rank])
     runner = ModelRunner(config, parallel, on_stage)

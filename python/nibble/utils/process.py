@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import nibble
@@ -30,17 +31,21 @@ def die_with_parent_thread() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def die_with_parent(pipe: int) -> None:
+def die_with_parent(pipe: int, finish: Callable[[], None] = lambda: None) -> None:
     """Ends this process at once when its parent is gone, however it went.
 
     The kernel's parent-death signal covers Linux; the end of `pipe`, whose other end only the parent holds,
     covers every system (`pipe` is its file descriptor). Both act while this process is stuck in a collective.
+    A parent that lives and closes the pipe has `finish` called first, in a thread of its own.
     """
     die_with_parent_thread()
 
     def wait() -> None:
         while os.read(pipe, 4096):
             pass
-        os._exit(0)
+        try:
+            finish()
+        finally:
+            os._exit(0)
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
