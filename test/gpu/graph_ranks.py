@@ -46,7 +46,10 @@ def check_replays(rank: Rank, sizes: list[list[int]], moe_comm: str, combine: st
 
 
 def miss_the_last_rank(rank: Rank) -> str:
-    """The last rank stays away from a replay through peer memory. Returns what the others' forward pass raises."""
+    """The last rank stays away from a replay through peer memory. Returns what the others' wait for it raises.
+
+    By then all of them leave the GPU alone: nothing waits on it when their processes end.
+    """
     runner = _runner(rank, "peer", dist_timeout=10.0)
     _prefill(runner, rank)
     rows = [2] * rank.world_size
@@ -56,7 +59,9 @@ def miss_the_last_rank(rank: Rank) -> str:
         return ""
     try:
         runner.forward(_decode(2, length=21, first_token=0), rows, decodes_only=True)
+        runner.synchronize(None)  # steps overlap: launching one waits for nobody
     except CollectiveError as error:
+        torch.cuda.synchronize()
         return str(error)
     return "no error"
 

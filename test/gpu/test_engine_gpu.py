@@ -58,8 +58,9 @@ def test_peer_memory_and_nccl_differ_by_the_rounding_of_sums_only(ranks, checkpo
 
 
 def test_results_in_fp8_give_the_same_bits_on_both_backends_and_with_fp4_on_and_off(ranks, checkpoint):
-    """FP8 rows are summed in rank order, whatever brings them. Beside BF16 results, a rounding may change an FP4 code or
-    the choice of an expert, and with it everything behind.
+    """FP8 rows are summed in rank order, whatever brings them.
+
+    Beside results in BF16, a rounding may change an FP4 code or the choice of an expert, and with it all behind.
     """
     if ranks.world_size != 4:
         pytest.skip("one size is enough")
