@@ -26,6 +26,8 @@ DEVICE = torch.device("cuda", 0)
 LAYOUT = WireRowLayout(2048, 8)
 MAX_ROWS = 2048
 INPUT_SCALE = torch.tensor(0.01)
+LATE_S = 2.0
+"""Longer than ranks that have met come after each other on busy cores."""
 FEW_ROWS, MANY_ROWS = 8, 150
 """The most that a rank has in a step of the stress test; more than multiprocessors, so that programs take several."""
 
@@ -200,10 +202,9 @@ def delay(generator: random.Random) -> None:
 
 def come_too_late(rank: Rank, name: str, action: str) -> str:
     """The last rank comes when the others have given up. Returns this rank's message; the GPU stays usable."""
-    Step(shared(rank), [2] * rank.world_size).run()  # compiles, which takes longer than the others will wait
-    memory = join(rank, name, timeout_s=0.5)
+    memory = join(rank, name)
     step = Step(memory, [2] * rank.world_size)
-    step.check(step.run(), 0)
+    step.check(step.run(), 0)  # compiles, which takes longer than the others will wait
     launch: Callable[[], object] = step.run
     if action == "replay":
         graph = torch.cuda.CUDAGraph()
@@ -212,6 +213,7 @@ def come_too_late(rank: Rank, name: str, action: str) -> str:
         rank.state[f"graph {name}"] = graph, results
         launch = graph.replay
     rank.state[name] = memory
+    memory.set_timeout(LATE_S)
     group = rank.state[f"cpu group {name}"]
     group.barrier()  # so that only one rank is late
     if rank.rank == rank.world_size - 1:

@@ -27,7 +27,8 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_a_rank_that_comes_too_late_to_peer_memory_is_named_on_all_ranks(ranks: RankProcesses, action: str) -> None:
     last = ranks.world_size - 1
     messages = ranks.run(peer_memory_ranks.come_too_late, name=f"late-{action}", action=action)
-    expected = f"rank {last} did not arrive within 0.5 s in a dispatch or combine through peer memory"
+    patience = f"{peer_memory_ranks.LATE_S:g} s"
+    expected = f"rank {last} did not arrive within {patience} in a dispatch or combine through peer memory"
     assert messages == [expected] * ranks.world_size, messages
 
 
