@@ -50,6 +50,7 @@ def miss_the_last_rank(rank: Rank) -> str:
 
     By then all of them leave the GPU alone: nothing waits on it when their processes end.
     """
+    _runner(rank, "peer")  # compiles and loads, for which ranks may take longer than the next one's kernels wait
     runner = _runner(rank, "peer", dist_timeout=10.0)
     _prefill(runner, rank)
     rows = [2] * rank.world_size
