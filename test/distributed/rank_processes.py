@@ -195,10 +195,12 @@ def _main() -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed its end, or has gone
         _serve(Rank(int(rank), int(world_size), Path(run_dir)), Connection(int(descriptor)))
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    os._exit(0)  # what a test has left behind needs no order to end in
+    try:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    finally:
+        os._exit(0)  # what a test has left behind needs no order to end in
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Tests marked gpu are skipped where there is none. What order they come in, and what they share."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,24 +50,38 @@ def place(item: pytest.Item) -> tuple[int, bool]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def flashinfer_compilers() -> Iterator[list[subprocess.Popen[bytes]]]:
+def nccl_of_several_workers() -> None:
+    """What all of them launch at once must fit on the GPU, or collectives wait for each other for ever."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        os.environ["NCCL_MAX_NCHANNELS"] = str(max(1, 8 // workers))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flashinfer_compilers(request: pytest.FixtureRequest) -> Iterator[list[subprocess.Popen[bytes]]]:
     """In the background, while the first tests run: it takes minutes, and those that need it come later."""
     script = str(Path(__file__).with_name("compile_flashinfer.py"))
-    kinds = ("64", "128", "mla") if torch.cuda.is_available() else ()
-    compilers = [subprocess.Popen([sys.executable, script, kind]) for kind in kinds]
+    is_needed = torch.cuda.is_available() and any(map(needs_flashinfer, request.session.items))
+    compilers = [
+        subprocess.Popen([sys.executable, script, kind], start_new_session=True)
+        for kind in (("64", "128", "mla") if is_needed else ())
+    ]
     yield compilers
     for compiler in compilers:
-        compiler.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and what it started as well
+            os.killpg(compiler.pid, signal.SIGKILL)
         compiler.wait()
 
 
 @pytest.fixture
 def flashinfer(flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
-    """Compiled. For tests that use it, also in processes of their own."""
+    """Compiled, and no compiler uses the GPU any more. For tests that use it, also in processes of their own."""
     assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)
 
 
 @pytest.fixture(autouse=True)
-def gpu_lock() -> Iterator[GpuLock]:
+def gpu_lock(request: pytest.FixtureRequest) -> Iterator[GpuLock]:
+    if needs_flashinfer(request.node):
+        request.getfixturevalue("flashinfer")  # before: who waits for compilers keeps nobody from the GPU
     with ExitStack() as stack:
         yield GpuLock(stack)

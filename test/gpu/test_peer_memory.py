@@ -75,6 +75,7 @@ def test_every_row_is_right_in_many_steps_of_random_sizes_with_random_delays(
     assert wrong == [[0, 0]] * ranks.world_size, f"wrong bytes of rows, wrong sums on each rank in {stress_steps} steps"
 
 
+@pytest.mark.usefixtures("flashinfer")  # whose compilers take memory
 def test_closing_gives_the_memory_back(ranks: RankProcesses, gpu_lock: GpuLock) -> None:
     if ranks.world_size != 4:
         pytest.skip("one number of ranks is enough")

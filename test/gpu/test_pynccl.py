@@ -97,6 +97,7 @@ def test_wrong_arguments_are_refused_by_name_before_anything_is_launched(ranks: 
     assert all(re.match(reason, message) for reason, message in zip(reasons, messages, strict=True))
 
 
+@pytest.mark.usefixtures("flashinfer")  # whose compilers take memory
 def test_a_group_that_is_closed_gives_its_memory_back(ranks: RankProcesses, gpu_lock: GpuLock) -> None:
     if ranks.world_size != 4:
         pytest.skip("one number of ranks is enough")
