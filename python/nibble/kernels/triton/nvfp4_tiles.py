@@ -97,12 +97,12 @@ def padded_columns(columns: int) -> int:
 
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU, or 1 where kernels are interpreted."""
-    return _device_property(device, "multiprocessor_count") if device.type == "cuda" else 1
+    return 1 if device.type == "cpu" else _device_property(device, "multiprocessor_count")
 
 
 def _shared_memory(device: torch.device) -> int:
     """The bytes that a program may use; where kernels are interpreted, enough."""
-    return _device_property(device, "max_shared_mem") if device.type == "cuda" else 2**20
+    return 2**20 if device.type == "cpu" else _device_property(device, "max_shared_mem")
 
 
 @functools.cache
