@@ -118,9 +118,31 @@ def processes_of(server_pid: int) -> list[psutil.Process]:
         return []
 
 
-def wait_until_gone(processes: list[psutil.Process], seconds: float = 5) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    assert not alive, f"still running after {seconds} s: {alive}"
+def wait_until_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
+    """Or are zombies: whoever inherits them from a server that was killed lets them wait for their burial."""
+    deadline = time.monotonic() + seconds
+    while alive := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, f"still running after {seconds} s: {alive}"
+        time.sleep(0.02)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def stopped(ranks: list[psutil.Process]) -> Iterator[None]:
+    """What runs and waits on the ranks does so at least until the block ends."""
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            rank.resume()
 
 
 def shared_files() -> set[str]:
@@ -181,4 +203,11 @@ def wait_for_load(server: Server, requests: int) -> None:
     deadline = time.monotonic() + 20
     while sum(server.info()["requests_per_rank"]) < requests:
         assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def wait_for_log(server: Server, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while text not in server.log.read_text():
+        assert time.monotonic() < deadline, f"no {text!r} in the log:\n{server.log.read_text()}"
         time.sleep(0.02)

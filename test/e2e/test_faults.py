@@ -5,10 +5,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 
-from server_process import Load, Server, events, launch, parallel_flags, wait_for_load, wait_until_gone
+from server_process import Load, Server, events, launch, parallel_flags, stopped, wait_for_load, wait_until_gone
 
 NAN, HANG, EXIT = 250, 251, 252
 """Tokens of bytes that the model does not produce."""
@@ -21,18 +20,6 @@ PROMPT = [306, 271, 223, 19, 25, 298, 223, 20, 23, 33]
 def body(tokens: int, prompt: list[int] = PROMPT, **fields: object) -> dict:
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     return {"input_ids": prompt, "sampling_params": sampling, **fields}
-
-
-@contextlib.contextmanager
-def stopped(ranks: list[psutil.Process]) -> Iterator[None]:
-    """What runs and waits on the ranks does so at least until the block ends."""
-    for rank in ranks:
-        rank.suspend()
-    try:
-        yield
-    finally:
-        for rank in ranks:
-            rank.resume()
 
 
 # One server, on which requests fail in every way that does not end it

@@ -9,7 +9,7 @@ from itertools import count
 import psutil
 import pytest
 
-from server_process import Load, Server, launch, parallel_flags, processes_of, wait_for_load
+from server_process import Load, Server, events, launch, parallel_flags, processes_of, wait_for_load
 
 TWO_RANKS = parallel_flags(2)
 WATCHDOG_S, QUEUE_S = 1, 4
@@ -72,18 +72,22 @@ def test_a_request_that_waits_for_its_grammar_can_be_aborted(server):
     assert server.generate(**new_grammar())["text"]
 
 
-def test_requests_that_wait_for_their_grammar_are_told_when_the_server_stops(tmp_path):
-    """They got a plain-text 500 when their tasks were cancelled."""
-    drain = ("--drain-timeout", "0.2")
+def test_requests_that_run_or_wait_for_their_grammar_at_the_drain_timeout_are_told_so(tmp_path):
+    """Those that waited got a plain-text 500 when their tasks were cancelled."""
+    long = {"text": "Hi", "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True}, "stream": True}
     with (
-        launch(tmp_path / "log", *TWO_RANKS, *drain) as server,
+        launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "0.2") as server,
         endless_compiling(server),
         ThreadPoolExecutor() as pool,
+        server.client.stream("POST", "/generate", json=long) as response,
     ):
+        running = events(response)
+        next(running)
         bodies = [new_grammar(stream=stream) for stream in (False, True)]
         waiting = [pool.submit(server.client.post, "/generate", json=body) for body in bodies]
-        wait_for_load(server, 2)
+        wait_for_load(server, 3)
         server.process.terminate()
+        assert "longer than 0.2 s" in list(running)[-1]["error"]["message"]
         answers = [answer.result() for answer in waiting]
         assert server.wait_for_exit() == 0
     for answer in answers:

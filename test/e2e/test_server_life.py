@@ -5,22 +5,30 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
+import nibble
+from nibble.config.server_args import ServerArgs
+from nibble.launch_server import _listen
+from nibble.utils.errors import ConfigError
 from server_process import (
     DEMO_MODEL,
     Load,
+    Server,
     events,
     free_port,
     launch,
     parallel_flags,
-    processes_of,
     shared_files,
+    stopped,
     unread_stream,
     wait_for_load,
+    wait_for_log,
     wait_until_gone,
 )
 
@@ -29,6 +37,89 @@ LONG = {"text": "What is 17 plus 25?", "sampling_params": {"max_new_tokens": 150
 PROBES = ["/health", "/ready", "/health_generate"]
 RARE_TOKEN = 250
 """Of a byte that the model does not produce."""
+CORES = os.sched_getaffinity(0)
+NEEDS_TWO_CORES = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+
+
+# Two servers on which something takes its time, while other tests run
+
+
+STARTUP_TIMEOUT, GLOO_TIMEOUT = 30, 12
+
+
+@pytest.fixture(scope="module")
+def stuck(tmp_path_factory) -> Iterator[tuple[Server, list[psutil.Process]]]:
+    """A server whose ranks do not get beyond a stage of their start, and these."""
+    flags = [*TWO_RANKS, "--startup-timeout", str(STARTUP_TIMEOUT)]
+    log = tmp_path_factory.mktemp("stuck") / "log"
+    with launch(log, *flags, ready=False, faults="stuck=loading weights") as server:
+        deadline = time.monotonic() + STARTUP_TIMEOUT
+        ranks: list[psutil.Process] = []
+        while len(ranks) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            with contextlib.suppress(httpx.TransportError):
+                ranks = server.rank_processes()
+        yield server, ranks
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory) -> Iterator[tuple[Server, float]]:
+    """A server over gloo, left to all cores, that has had one request, and when that was."""
+    flags = ["--cpu-collectives", "gloo", "--dist-timeout", str(GLOO_TIMEOUT), "--cpu-binding", "off"]
+    with launch(tmp_path_factory.mktemp("silent") / "log", *TWO_RANKS, *flags) as server:
+        server.generate(text="What is 2 plus 2?")
+        yield server, time.monotonic()
+
+
+def test_it_answers_health_but_is_not_ready_while_it_starts(stuck):
+    server, _ = stuck
+    assert [server.client.get(probe).status_code for probe in PROBES] == [200, 503, 503]
+
+
+@NEEDS_TWO_CORES
+def test_ranks_use_all_cores_if_told_so(silent):
+    server, _ = silent
+    assert [set(rank.cpu_affinity()) for rank in server.rank_processes()] == [CORES, CORES]
+
+
+# One server, until it is killed
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with launch(tmp_path_factory.mktemp("server") / "log", *TWO_RANKS) as server:
+        yield server
+
+
+@NEEDS_TWO_CORES
+def test_ranks_keep_to_cores_of_their_own(server):
+    first, second = (set(rank.cpu_affinity()) for rank in server.rank_processes())
+    assert first and second and not first & second and first | second <= CORES
+
+
+def test_a_client_that_goes_away_ends_its_request(server):
+    with server.client.stream("POST", "/generate", json=LONG) as response:
+        stream = events(response)  # kept: httpx closes a response whose iterator is dropped
+        next(stream)
+        assert sum(server.info()["requests_per_rank"]) == 1
+    deadline = time.monotonic() + 5
+    while sum(server.info()["requests_per_rank"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.info()["requests_per_rank"] == [0, 0]
+    server.generate(text="What is 2 plus 2?")  # and the engine is well
+
+
+def test_a_server_killed_under_load_takes_its_ranks_with_it(server):
+    ranks = server.rank_processes()
+    with server.client.stream("POST", "/generate", json=LONG) as response:
+        stream = events(response)  # kept: httpx closes a response whose iterator is dropped
+        next(stream)
+        server.process.kill()
+        wait_until_gone(ranks)
+
+
+# Servers that end
 
 
 def test_ctrl_c_ends_the_server_cleanly_with_nothing_left_behind(tmp_path):
@@ -42,41 +133,21 @@ def test_ctrl_c_ends_the_server_cleanly_with_nothing_left_behind(tmp_path):
     assert shared_files() <= before
 
 
-def test_ranks_keep_to_cores_of_their_own_unless_told_otherwise(tmp_path):
-    cores = os.sched_getaffinity(0)
-    if len(cores) < 2:
-        pytest.skip("needs two cores")
-    with launch(tmp_path / "log", *TWO_RANKS) as server:
-        first, second = (set(rank.cpu_affinity()) for rank in server.rank_processes())
-        assert first and second and not first & second and first | second <= cores
-    with launch(tmp_path / "log", *TWO_RANKS, "--cpu-binding", "off") as server:
-        assert all(set(rank.cpu_affinity()) == cores for rank in server.rank_processes())
-
-
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path):
     body = {**LONG, "sampling_params": {"max_new_tokens": 300, "ignore_eos": True}}
     with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "100") as server:
         with server.client.stream("POST", "/generate", json=body) as response:
             stream = events(response)
             next(stream)
-            server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            refused = server.client.post("/generate", json={**body, "stream": False})
-            assert refused.status_code == 503
-            assert "Retry-After" in refused.headers
-            assert [server.client.get(probe).status_code for probe in PROBES] == [200, 503, 503]
+            with stopped(server.rank_processes()):
+                server.process.send_signal(signal.SIGTERM)
+                wait_for_log(server, "SIGTERM: finishing what runs")
+                refused = server.client.post("/generate", json={**body, "stream": False})
+                assert refused.status_code == 503
+                assert "Retry-After" in refused.headers
+                assert [server.client.get(probe).status_code for probe in PROBES] == [200, 503, 503]
             last = list(stream)[-1]
         assert last["meta_info"]["completion_tokens"] == 300
-        assert server.wait_for_exit() == 0
-
-
-def test_what_is_not_finished_by_the_drain_timeout_is_told_so(tmp_path):
-    with launch(tmp_path / "log", *TWO_RANKS, "--drain-timeout", "0.2") as server:
-        with server.client.stream("POST", "/generate", json=LONG) as response:
-            stream = events(response)
-            next(stream)
-            server.process.send_signal(signal.SIGTERM)
-            assert "longer than 0.2 s" in list(stream)[-1]["error"]["message"]
         assert server.wait_for_exit() == 0
 
 
@@ -89,7 +160,7 @@ def test_a_second_signal_stops_at_once_and_every_client_is_told(tmp_path):
             wait_for_load(server, 13)
             time.sleep(1)  # until there is more than it takes
             server.process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
+            wait_for_log(server, "SIGINT: finishing what runs")
             server.process.send_signal(signal.SIGINT)
             assert load.outcomes() == ["engine_dead"] * 12
             assert server.wait_for_exit(8) == 0
@@ -117,14 +188,6 @@ def test_the_death_of_a_rank_under_load_ends_the_server_in_time_and_every_client
         wait_until_gone(ranks)
 
 
-def test_the_death_of_an_idle_rank_ends_the_server_too(tmp_path):
-    with launch(tmp_path / "log", *TWO_RANKS) as server:
-        ranks = server.rank_processes()
-        ranks[0].kill()
-        assert server.wait_for_exit(5) == 1
-        wait_until_gone(ranks)
-
-
 def test_a_rank_that_hangs_ends_the_server_at_its_deadline_and_is_named_with_its_stack(tmp_path):
     with launch(tmp_path / "log", *TWO_RANKS, "--dist-timeout", "4") as server:
         ranks = server.rank_processes()
@@ -140,61 +203,12 @@ def test_a_rank_that_hangs_ends_the_server_at_its_deadline_and_is_named_with_its
     assert "most recent call first" in stack and "rank_process.py" in stack
 
 
-def test_a_silence_longer_than_the_deadline_of_gloo_harms_nobody(tmp_path):
-    with launch(tmp_path / "log", *TWO_RANKS, "--dist-timeout", "6", "--cpu-collectives", "gloo") as server:
-        server.generate(text="What is 2 plus 2?")
-        time.sleep(8)
-        for rank in range(2):
-            server.generate(text="What is 2 plus 2?", data_parallel_rank=rank)
-
-
-def test_a_server_killed_under_load_takes_its_ranks_with_it(tmp_path):
-    with launch(tmp_path / "log", *TWO_RANKS) as server:
-        ranks = server.rank_processes()
-        with server.client.stream("POST", "/generate", json=LONG) as response:
-            stream = events(response)  # kept: httpx closes a response whose iterator is dropped
-            next(stream)
-            server.process.kill()
-            wait_until_gone(ranks)
-
-
-def test_a_client_that_goes_away_ends_its_request(tmp_path):
-    with launch(tmp_path / "log", *TWO_RANKS) as server:
-        with server.client.stream("POST", "/generate", json=LONG) as response:
-            stream = events(response)  # kept: httpx closes a response whose iterator is dropped
-            next(stream)
-            assert sum(server.info()["requests_per_rank"]) == 1
-        deadline = time.monotonic() + 5
-        while sum(server.info()["requests_per_rank"]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert server.info()["requests_per_rank"] == [0, 0]
-        server.generate(text="What is 2 plus 2?")  # and the engine is well
-
-
-def test_it_answers_health_but_is_not_ready_while_it_starts_and_shows_the_stage_that_is_stuck(tmp_path):
-    flags = [*TWO_RANKS, "--startup-timeout", "5"]
-    with launch(tmp_path / "log", *flags, ready=False, faults="stuck=loading weights") as server:
-        statuses = set()
-        while server.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                statuses.add(tuple(server.client.get(probe).status_code for probe in PROBES))
-            time.sleep(0.1)
-        assert (200, 503, 503) in statuses
-        assert server.wait_for_exit() == 1
-        assert processes_of(server.process.pid) == []
-    log = server.log.read_text()
-    stuck = "rank 0 is at 'loading weights', rank 1 is at 'loading weights'"
-    assert f"not ready within --startup-timeout 5 s: {stuck}" in log
-    assert "fault_injection.py" in log, "the stack shows the line"
-
-
-def test_a_port_that_is_taken_is_an_error_with_the_way_out(tmp_path):
+def test_a_port_that_is_taken_is_an_error_with_the_way_out():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with launch(tmp_path / "log", "--port", str(taken.getsockname()[1]), ready=False) as server:
-            assert server.wait_for_exit(30) == 1
-        assert "choose another with --host and --port" in (tmp_path / "log").read_text()
+        with pytest.raises(ConfigError, match="choose another with --host and --port"):
+            _listen(ServerArgs(model_path=str(DEMO_MODEL), port=taken.getsockname()[1]))
 
 
 def test_of_two_servers_that_want_one_port_one_serves_and_the_other_ends_before_it_loads_anything(tmp_path):
@@ -217,19 +231,34 @@ def test_of_two_servers_that_want_one_port_one_serves_and_the_other_ends_before_
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DEMO_MODEL.iterdir()))
+# What can't be served
+
+FILES_READ_WHILE_SERVING = ["tokenizer.json", "model.safetensors"]
+"""The first by the server's process, the second by a rank. All others are read before there is anything."""
+FILES_READ_BEFORE = sorted({path.name for path in DEMO_MODEL.iterdir()} - set(FILES_READ_WHILE_SERVING))
+
+
+@pytest.mark.parametrize("name", FILES_READ_BEFORE)
 def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, name):
-    folder = checkpoint_without(tmp_path / "model", name)
-    content = (DEMO_MODEL / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
-    assert name in start_that_fails(tmp_path / "log", folder)
+    assert name in refusal(damaged_checkpoint(tmp_path / "model", name))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", FILES_READ_WHILE_SERVING)
+def test_a_server_that_finds_its_checkpoint_damaged_says_so_in_its_last_line(tmp_path, name):
+    model = damaged_checkpoint(tmp_path / "model", name)
+    with launch(tmp_path / "log", model=model, ready=False) as server:
+        assert server.wait_for_exit(40) == 1
+    text = server.log.read_text()
+    assert "Traceback" not in text
+    lines = text.splitlines()
+    (reason,) = [line for line in lines if line.startswith("error: ") or " ERROR " in line]
+    assert lines[-1] == reason
+    assert name in reason
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_an_incomplete_checkpoint_is_an_error_that_names_what_is_missing(tmp_path, name):
-    assert name.removeprefix("model") in start_that_fails(
-        tmp_path / "log", checkpoint_without(tmp_path / "model", name)
-    )
+    assert name in refusal(checkpoint_without(tmp_path / "model", name))
 
 
 def checkpoint_without(folder: Path, name: str) -> Path:
@@ -240,19 +269,50 @@ def checkpoint_without(folder: Path, name: str) -> Path:
     return folder
 
 
-def start_that_fails(log: Path, model: Path) -> str:
-    """The one line that says why."""
-    with launch(log, model=model, ready=False) as server:
-        assert server.wait_for_exit(40) == 1
-    text = log.read_text()
-    assert "Traceback" not in text
-    lines = text.splitlines()
-    (reason,) = [line for line in lines if line.startswith("error: ") or " ERROR " in line]
-    assert lines[-1] == reason
-    return reason
+def damaged_checkpoint(folder: Path, name: str) -> Path:
+    """With the first half of the file."""
+    content = (DEMO_MODEL / name).read_bytes()
+    (checkpoint_without(folder, name) / name).write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def refusal(model: Path) -> str:
+    """What a server prints as "error: …" before it ends."""
+    with pytest.raises(ConfigError) as error:
+        nibble.Engine(model_path=str(model), log_level="warning")
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 def test_an_impossible_combination_is_refused_before_anything_starts(tmp_path):
     with launch(tmp_path / "log", "--tp", "2", "--dp", "2", ready=False) as server:
         assert server.wait_for_exit(30) == 1
     assert (tmp_path / "log").read_text().strip() == "error: --dp-size 2 needs --enable-dp-attention"
+
+
+# What took its time meanwhile
+
+
+def test_a_silence_longer_than_the_deadline_of_gloo_harms_nobody(silent):
+    server, silent_since = silent
+    time.sleep(max(0.0, silent_since + GLOO_TIMEOUT + 2 - time.monotonic()))
+    for rank in range(2):
+        server.generate(text="What is 2 plus 2?", data_parallel_rank=rank)
+
+
+def test_the_death_of_an_idle_rank_ends_the_server_too(silent):
+    server, _ = silent
+    ranks = server.rank_processes()
+    ranks[0].kill()
+    assert server.wait_for_exit(5) == 1
+    wait_until_gone(ranks)
+
+
+def test_a_start_that_is_stuck_ends_at_its_deadline_and_shows_the_stage(stuck):
+    server, ranks = stuck
+    assert server.wait_for_exit(STARTUP_TIMEOUT + 15) == 1
+    wait_until_gone(ranks)
+    log = server.log.read_text()
+    stages = "rank 0 is at 'loading weights', rank 1 is at 'loading weights'"
+    assert f"not ready within --startup-timeout {STARTUP_TIMEOUT} s: {stages}" in log
+    assert "fault_injection.py" in log, "the stack shows the line"
