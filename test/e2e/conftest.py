@@ -14,7 +14,7 @@ from tools.demo_model.dequantize import dequantize_checkpoint
 settings.register_profile("long", max_examples=3000)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bf16_checkpoint(tmp_path_factory) -> Path:
     """Unquantized and computed in fp32: no FP4 rounding that could turn the last bit into another token."""
     folder = tmp_path_factory.mktemp("bf16")

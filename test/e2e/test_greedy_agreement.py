@@ -1,23 +1,24 @@
-"""The demo model through the server: the FP4 gather changes nothing, nor does the number of ranks, but for near ties.
+"""The demo model in the engine: the FP4 gather changes nothing, nor does the number of ranks, but for near ties.
 
-200 held-out questions are asked greedily of servers with 1 to 4 ranks, and of some that gather unquantized rows, or
+200 held-out questions are asked greedily of engines with 1 to 4 ranks, and of some that gather unquantized rows, or
 whose experts' results travel in FP8.
 """
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from server_process import DEMO_MODEL, launch, parallel_flags
+import nibble
+from server_process import DEMO_MODEL
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.demo_model.data import heldout
 
 COUNT = 200
-FP8_RESULTS = ("--moe-combine-dtype", "fp8")
 NEAR_TIE = 0.5
 """Natural-log probability between the two likeliest tokens; FP4 rounds values by up to a few percent."""
 
@@ -34,61 +35,80 @@ def questions() -> list[str]:
 class Answers:
     """The tokens of every answer, and the two likeliest tokens at each of their positions."""
 
-    def __init__(self, outputs: list[dict]) -> None:
+    def __init__(self, engine: nibble.Engine, pinned_rank: int | None = None) -> None:
+        outputs = engine.generate(
+            questions(),
+            {"temperature": 0, "max_new_tokens": 64},
+            return_logprob=True,
+            top_logprobs_num=2,
+            data_parallel_rank=pinned_rank,
+        )
         self.tokens = [output["output_ids"] for output in outputs]
         self.top2 = [output["meta_info"]["output_top_logprobs"] for output in outputs]
         self.ranks = {output["meta_info"]["dp_rank"] for output in outputs}
+        self.gathers_fp4 = engine.config.fp4_allgather.enabled
+
+
+def start(ranks: int, **options: object) -> nibble.Engine:
+    sizes = {"tp_size": ranks, "dp_size": ranks, "ep_size": ranks}
+    switches = {"enable_dp_attention": True, "enable_flashinfer_cutlass_moe": True, "log_level": "warning"}
+    return nibble.Engine(model_path=str(DEMO_MODEL), **{**sizes, **switches, **options})
+
+
+def ask(ranks: int, **options: object) -> Answers:
+    with start(ranks, **options) as engine:
+        return Answers(engine)
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory):
-    """Asks all questions of a server with these flags, once per set of flags."""
-
-    @cache
-    def run(ranks: int, *flags: str, pinned_rank: int | None = None) -> Answers:
-        log = tmp_path_factory.mktemp("server") / "log"
-        with launch(log, *parallel_flags(ranks), *flags) as server:
-            outputs = server.generate(
-                text=questions(),
-                sampling_params={"temperature": 0, "max_new_tokens": 64},
-                return_logprob=True,
-                top_logprobs_num=2,
-                data_parallel_rank=pinned_rank,
-            )
-        unquantized = flags and flags != FP8_RESULTS
-        assert f"FP4 all-gather is {'off' if unquantized else 'on'}" in log.read_text()
-        return Answers(outputs)
-
-    return run
+def one() -> Answers:
+    return ask(1)
 
 
-def test_fp4_gather_on_and_off_give_identical_text(ask):
-    on = ask(2)
-    off = ask(2, "--disable-flashinfer-cutlass-moe-fp4-allgather")
-    assert len(on.tokens) == COUNT
-    assert on.tokens == off.tokens
+@pytest.fixture(scope="module")
+def engine_of_two() -> Iterator[nibble.Engine]:
+    with start(2) as engine:
+        yield engine
 
 
-def test_results_that_travel_in_fp8_give_the_same_text_but_for_near_ties(ask):
-    assert_same_but_for_near_ties(ask(2), ask(2, *FP8_RESULTS))
+@pytest.fixture(scope="module")
+def two(engine_of_two) -> Answers:
+    return Answers(engine_of_two)
+
+
+def test_fp4_gather_on_and_off_give_identical_text(two):
+    off = ask(2, disable_flashinfer_cutlass_moe_fp4_allgather=True)
+    assert (two.gathers_fp4, off.gathers_fp4) == (True, False)
+    assert len(two.tokens) == COUNT
+    assert two.tokens == off.tokens
+
+
+def test_results_that_travel_in_fp8_give_the_same_text_but_for_near_ties(two):
+    fp8 = ask(2, moe_combine_dtype="fp8")
+    assert fp8.gathers_fp4
+    assert_same_but_for_near_ties(two, fp8)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_any_number_of_ranks_gives_the_text_of_one_but_for_near_ties(ask, ranks):
-    one, many = ask(1), ask(ranks)
+def test_any_number_of_ranks_gives_the_text_of_one_but_for_near_ties(one, two, ranks):
+    many = two if ranks == 2 else ask(ranks)
+    assert many.gathers_fp4
     assert many.ranks == set(range(ranks)), "every rank served requests"
     assert_same_but_for_near_ties(one, many)
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, ("--dp", "1", "--ep", "1")), (4, ("--dp", "2", "--ep", "2"))])
-def test_layers_split_over_ranks_give_the_text_of_one_but_for_near_ties(ask, ranks, flags):
-    assert_same_but_for_near_ties(ask(1), ask(ranks, *flags))
+@pytest.mark.parametrize(("ranks", "split"), [(2, {"dp_size": 1, "ep_size": 1}), (4, {"dp_size": 2, "ep_size": 2})])
+def test_layers_split_over_ranks_give_the_text_of_one_but_for_near_ties(one, ranks, split):
+    answers = ask(ranks, **split)
+    assert not answers.gathers_fp4
+    assert_same_but_for_near_ties(one, answers)
 
 
-def test_a_burst_pinned_to_one_rank_is_served_while_the_other_has_no_request_at_all(ask):
-    pinned = ask(2, pinned_rank=1)
+def test_a_burst_pinned_to_one_rank_is_served_while_the_other_has_no_request_at_all(engine_of_two, two):
+    engine_of_two.flush_cache()
+    pinned = Answers(engine_of_two, pinned_rank=1)
     assert pinned.ranks == {1}
-    assert_same_but_for_near_ties(ask(2), pinned)
+    assert_same_but_for_near_ties(two, pinned)
 
 
 def assert_same_but_for_near_ties(expected: Answers, found: Answers) -> None:

@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 from nibble.cli import main as cli
-from server_process import Server, launch, processes_of
+from server_process import Server, launch, processes_of, wait_for_log
 
 KEY, ADMIN_KEY = "the-key-of-clients", "the-key-of-admins"
 
@@ -69,9 +69,9 @@ def test_no_secret_is_in_the_log_in_an_answer_or_in_the_list_of_processes(server
 
 
 def test_the_log_begins_with_what_was_asked_for_and_says_where_it_is_ready(server):
+    wait_for_log(server, f"{server.url} serves")
     log = server.log.read_text()
     assert "options: --model-path" in log and "--api-key '***' --admin-api-key '***'" in log
-    assert f"{server.url} serves" in log
     assert "tp=1 dp=1 ep=1, FP4 all-gather" in log
 
 

@@ -1,4 +1,4 @@
-"""Structured output, function calls and profiles of the served demo model, through the official client."""
+"""Structured output, function calls, cached prefixes and profiles of the served demo model, as clients see them."""
 
 import gzip
 import json
@@ -104,6 +104,26 @@ def test_a_function_that_must_be_called_is_called_with_arguments_that_fit(client
     (call,) = choice.message.tool_calls
     assert (choice.finish_reason, choice.message.content, call.function.name) == ("tool_calls", None, "add")
     Sum.model_validate_json(call.function.arguments)
+
+
+def test_clients_see_what_was_cached_and_can_flush_it(client, server):
+    def ask_again() -> int:
+        answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    for method in ("GET", "POST"):
+        response = server.client.request(method, "/flush_cache")
+        assert (response.status_code, "flushed" in response.text) == (200, True)
+        assert [ask_again(), ask_again()] == [0, 16]
+    sampling = {"max_new_tokens": 1500, "ignore_eos": True}
+    with server.client.stream("POST", "/generate", json={"text": "Hi", "sampling_params": sampling, "stream": True}):
+        refused = server.client.post("/flush_cache")
+        assert refused.status_code == 400
+        assert "there are 1" in refused.json()["error"]["message"]
+
+
+def test_without_the_flag_there_are_no_metrics(server):
+    assert server.client.get("/metrics").status_code == 404
 
 
 @pytest.mark.parametrize("num_steps", [None, 2])
