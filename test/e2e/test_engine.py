@@ -3,6 +3,7 @@
 import asyncio
 import random
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 import nibble
+from nibble.observability.rank_stats import RankStats
 from nibble.utils.errors import ConfigError, EngineDeadError, RequestError
 from server_process import DEMO_MODEL, shared_files, wait_until_gone
 
@@ -48,18 +50,29 @@ def test_the_order_of_arrival_changes_no_answer(engine, prompts, expected):
     assert texts(engine, [prompts[i] for i in order]) == [expected[i] for i in order]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"chunked_prefill_size": 5, "page_size": 1, "max_running_requests": 3},
-        # The longest prompt and its answer just fit: running requests are retracted all the time.
-        {"max_total_tokens": 480, "context_length": 448, "page_size": 4},
-    ],
-    ids=["small chunks, pages and batches", "a tiny cache"],
-)
-def test_neither_chunks_nor_a_tiny_cache_change_an_answer(bf16_checkpoint, prompts, expected, options):
-    with nibble.Engine(model_path=str(bf16_checkpoint), log_level="warning", **options) as other:
+def test_neither_chunks_nor_pages_nor_batches_change_an_answer(bf16_checkpoint, prompts, expected):
+    sizes = {"chunked_prefill_size": 5, "page_size": 1, "max_running_requests": 3}
+    with nibble.Engine(model_path=str(bf16_checkpoint), log_level="warning", **sizes) as other:
         assert texts(other, prompts) == expected
+
+
+def test_requests_that_are_retracted_get_the_answers_they_get_with_room(bf16_checkpoint, engine, prompts):
+    """Of six whose prompts fit together, the cache has room for one whole answer."""
+    asked = {
+        "input_ids": sorted(prompts, key=len)[:6],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True},
+    }
+    sizes = {"max_total_tokens": 256, "context_length": 256, "page_size": 4}
+    statistics: list[RankStats] = []
+    with nibble.Engine(model_path=str(bf16_checkpoint), enable_metrics=True, log_level="warning", **sizes) as other:
+        other._engine.on_rank_stats = statistics.append
+        outputs = other.generate(**asked)
+        deadline = time.monotonic() + 20
+        while not any(report.num_retracted for report in statistics):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with_room = engine.generate(**asked)
+    assert [output["output_ids"] for output in outputs] == [output["output_ids"] for output in with_room]
 
 
 def test_a_seed_fixes_the_tokens_whatever_else_is_in_the_batch(engine, prompts):

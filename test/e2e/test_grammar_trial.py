@@ -1,7 +1,7 @@
 """Grammars are compiled on trial, in a process that can be stopped, before any rank sees them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
 import psutil
@@ -11,10 +11,11 @@ from nibble.config.resolve import EngineConfig, resolve
 from nibble.config.server_args import ServerArgs
 from nibble.controller import grammar_trial, grammars
 from nibble.controller.async_engine import AsyncEngine
+from nibble.controller.grammar_trial import GrammarTrial
 from nibble.controller.grammar_trial_process import TrialResult
 from nibble.controller.grammars import Grammars
 from nibble.generation import GenerationRequest
-from nibble.ipc.messages import CompileGrammar, ForgetGrammar, GrammarCompiled, ToRank
+from nibble.ipc.messages import CompileGrammar, ForgetGrammar, GrammarCompiled, ToRank, vocabulary_path
 from nibble.sampling_params import SamplingParams
 from nibble.structured_output.grammar import Grammar, ebnf_format, json_schema_format, make_grammar, regex_format
 from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
@@ -36,8 +37,11 @@ def regex(pattern: str) -> Grammar:
 class Ranks:
     """Two ranks that compile everything at once, as long as they `answer`."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, trial: GrammarTrial | None = None) -> None:
+        """`trial`: to use in place of a new process."""
         self.grammars = Grammars(configuration(), run_dir, self.send)
+        if trial is not None:
+            self.grammars._trial = trial
         self.sent: list[ToRank] = []
         self.answer = True
 
@@ -88,10 +92,6 @@ def test_the_life_of_grammars(tmp_path, monkeypatch):
         assert forgotten == [regex(pattern).key for pattern in ("ab", "(a", TOO_SLOW)]
         assert len(ranks.sent) == 1 + 3 + 1
 
-        psutil.Process().children()[0].kill()
-        await asyncio.sleep(0.1)
-        assert await ranks.prepare("cd") is None, "nor does it matter who ends the process"
-
         ranks.answer = False
         waiting = asyncio.create_task(ranks.prepare("never"))
         while not isinstance(ranks.sent[-1], CompileGrammar) or ranks.sent[-1].key != regex("never").key:
@@ -106,11 +106,7 @@ def test_the_life_of_grammars(tmp_path, monkeypatch):
     asyncio.run(live())
 
 
-def trial_process() -> psutil.Process:
-    return psutil.Process().children()[0]
-
-
-def live_with_ranks(tmp_path: Path, life: Callable[[Ranks], Awaitable[None]]) -> None:
+def live_with_ranks(tmp_path: Path, life: Callable[[Ranks], Coroutine[None, None, None]]) -> None:
     async def live() -> None:
         ranks = Ranks(tmp_path)
         try:
@@ -121,7 +117,97 @@ def live_with_ranks(tmp_path: Path, life: Callable[[Ranks], Awaitable[None]]) ->
     asyncio.run(live())
 
 
-def test_what_nobody_waits_for_any_more_is_not_compiled(tmp_path, monkeypatch):
+def test_what_is_compiled_when_the_engine_fails_keeps_nobody_waiting(tmp_path):
+    """The trial's answer came just before, and then the ranks were waited for, which had gone."""
+
+    async def life(ranks: Ranks) -> None:
+        ranks.answer = False
+
+        async def fail_meanwhile(structural_tag: str) -> TrialResult:
+            ranks.grammars.fail(EngineDeadError("a rank died"))
+            return TrialResult(num_bytes=1)
+
+        ranks.grammars._trial.compile = fail_meanwhile
+        with pytest.raises(EngineDeadError):
+            await ranks.prepare("ab")
+        await asyncio.wait_for(ranks.grammars.stop(), 10)
+
+    live_with_ranks(tmp_path, life)
+
+
+def test_nothing_is_imported_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "psutil.py").write_text("raise SystemExit('this is no part of the program')")
+    monkeypatch.chdir(tmp_path)
+
+    async def life(ranks: Ranks) -> None:
+        assert await ranks.prepare("ab") is None
+
+    live_with_ranks(tmp_path, life)
+
+
+def test_a_server_without_grammars_refuses_them_by_name():
+    async def generate() -> None:
+        engine = AsyncEngine(configuration(grammar_backend="none"))
+        await anext(engine.generate(GenerationRequest("x", [1], SamplingParams(grammar=regex("a")))))
+
+    with pytest.raises(RequestError, match="regex needs a grammar, and this server runs with --grammar-backend none"):
+        asyncio.run(generate())
+
+
+# On one process, which is started again when a test has ended it
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def trial(runner, tmp_path_factory) -> Iterator[GrammarTrial]:
+    trial = GrammarTrial(configuration(), vocabulary_path(tmp_path_factory.mktemp("trial")))
+    yield trial
+    runner.run(trial.stop())
+
+
+@pytest.fixture
+def live(runner, trial, tmp_path) -> Callable[[Callable[[Ranks], Coroutine[None, None, None]]], None]:
+    return lambda life: runner.run(life(Ranks(tmp_path, trial)))
+
+
+def trial_process() -> psutil.Process:
+    return psutil.Process().children()[0]
+
+
+async def prepare_while_killing(ranks: Ranks, pattern: str, times: int) -> str | None:
+    """Kills the process while it compiles, and those that follow it."""
+    process = trial_process()
+    process.suspend()
+    preparing = asyncio.create_task(ranks.prepare(pattern))
+    await asyncio.sleep(0.1)
+    for _ in range(times - 1):
+        process.kill()
+        while not (others := [child for child in psutil.Process().children() if child != process]):
+            await asyncio.sleep(0.01)
+        process = others[0]
+    process.kill()
+    return await preparing
+
+
+def test_who_kills_the_trial_process_does_not_make_a_grammar_wrong(live):
+    """It was said to take too much memory, for ever."""
+
+    async def life(ranks: Ranks) -> None:
+        await ranks.prepare("first")
+        assert await prepare_while_killing(ranks, "once", 1) is None, "another process compiles it"
+        with pytest.raises(OverloadedError, match="was killed"):
+            await prepare_while_killing(ranks, "twice", 2)
+        assert await ranks.prepare("twice") is None, "and that is not kept"
+
+    live(life)
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(live, monkeypatch):
     """Grammars of clients that had gone away held up everybody's for as long as all of them took."""
     monkeypatch.setattr(grammar_trial, "COMPILE_TIMEOUT_S", 60)
 
@@ -144,7 +230,7 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(tmp_path, monkeypatch):
         assert await asyncio.gather(shared[1], last) == [None, None]
         assert ranks.compiled == [regex(pattern).key for pattern in ("first", "begun", "shared", "last")]
 
-    live_with_ranks(tmp_path, life)
+    live(life)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +241,7 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(tmp_path, monkeypatch):
     ],
     ids=["ebnf", "schema"],
 )
-def test_a_grammar_that_no_answer_can_begin_is_refused(tmp_path, grammar):
+def test_a_grammar_that_no_answer_can_begin_is_refused(live, grammar):
     """It was a 500."""
 
     async def life(ranks: Ranks) -> None:
@@ -163,71 +249,10 @@ def test_a_grammar_that_no_answer_can_begin_is_refused(tmp_path, grammar):
             await ranks.grammars.prepare(grammar, asyncio.Future())
         assert refusal.value.field == grammar.field
 
-    live_with_ranks(tmp_path, life)
+    live(life)
 
 
-async def prepare_while_killing(ranks: Ranks, pattern: str, times: int) -> str | None:
-    """Kills the process while it compiles, and those that follow it."""
-    process = trial_process()
-    process.suspend()
-    preparing = asyncio.create_task(ranks.prepare(pattern))
-    await asyncio.sleep(0.1)
-    for _ in range(times - 1):
-        process.kill()
-        while not (others := [child for child in psutil.Process().children() if child != process]):
-            await asyncio.sleep(0.01)
-        process = others[0]
-    process.kill()
-    return await preparing
-
-
-def test_who_kills_the_trial_process_does_not_make_a_grammar_wrong(tmp_path):
-    """It was said to take too much memory, for ever."""
-
-    async def life(ranks: Ranks) -> None:
-        await ranks.prepare("first")
-        assert await prepare_while_killing(ranks, "once", 1) is None, "another process compiles it"
-        with pytest.raises(OverloadedError, match="was killed"):
-            await prepare_while_killing(ranks, "twice", 2)
-        assert await ranks.prepare("twice") is None, "and that is not kept"
-
-    live_with_ranks(tmp_path, life)
-
-
-def test_a_grammar_that_takes_too_much_memory_is_refused_and_stays_so(tmp_path):
-    async def life(ranks: Ranks) -> None:
-        await ranks.prepare("first")
-        memory = trial_process().memory_info().vms
-        trial_process().rlimit(psutil.RLIMIT_AS, (memory, memory))
-        assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
-        assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
-        assert ranks.compiled == [regex("first").key]
-
-    live_with_ranks(tmp_path, life)
-
-
-def test_what_is_compiled_when_the_engine_fails_keeps_nobody_waiting(tmp_path):
-    """The trial's answer came just before, and then the ranks were waited for, which had gone."""
-
-    async def life(ranks: Ranks) -> None:
-        await ranks.prepare("first")
-        ranks.answer = False
-        compile_on_trial = ranks.grammars._trial.compile
-
-        async def fail_meanwhile(structural_tag: str) -> TrialResult:
-            result = await compile_on_trial(structural_tag)
-            ranks.grammars.fail(EngineDeadError("a rank died"))
-            return result
-
-        ranks.grammars._trial.compile = fail_meanwhile
-        with pytest.raises(EngineDeadError):
-            await ranks.prepare("second")
-        await asyncio.wait_for(ranks.grammars.stop(), 10)
-
-    live_with_ranks(tmp_path, life)
-
-
-def test_all_that_is_kept_has_a_limit_together(tmp_path, monkeypatch):
+def test_all_that_is_kept_has_a_limit_together(live, monkeypatch):
     """64 grammars of 64 MiB were 4 GiB in each rank."""
 
     async def life(ranks: Ranks) -> None:
@@ -241,23 +266,16 @@ def test_all_that_is_kept_has_a_limit_together(tmp_path, monkeypatch):
             CompileGrammar(regex("d{10}").key, regex("d{10}").structural_tag),
         ]
 
-    live_with_ranks(tmp_path, life)
+    live(life)
 
 
-def test_nothing_is_imported_from_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "psutil.py").write_text("raise SystemExit('this is no part of the program')")
-    monkeypatch.chdir(tmp_path)
-
+def test_a_grammar_that_takes_too_much_memory_is_refused_and_stays_so(live):
     async def life(ranks: Ranks) -> None:
-        assert await ranks.prepare("ab") is None
+        await ranks.prepare("first")
+        memory = trial_process().memory_info().vms
+        trial_process().rlimit(psutil.RLIMIT_AS, (memory, memory))
+        assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
+        assert "takes too much memory" in (await ranks.prepare(TOO_SLOW) or "")
+        assert ranks.compiled == [regex("first").key]
 
-    live_with_ranks(tmp_path, life)
-
-
-def test_a_server_without_grammars_refuses_them_by_name():
-    async def generate() -> None:
-        engine = AsyncEngine(configuration(grammar_backend="none"))
-        await anext(engine.generate(GenerationRequest("x", [1], SamplingParams(grammar=regex("a")))))
-
-    with pytest.raises(RequestError, match="regex needs a grammar, and this server runs with --grammar-backend none"):
-        asyncio.run(generate())
+    live(life)

@@ -1,4 +1,4 @@
-"""Reusing prefixes saves work and changes no answer: cache on and off, in chunks, with evictions and retractions."""
+"""Reusing prefixes saves work and changes no answer: cache on and off, in chunks, with evictions, over ranks."""
 
 import sys
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def test_the_cache_changes_no_answer(engine, without_cache):
     "flags",
     [
         {"page_size": 1, "chunked_prefill_size": 7},
-        # Room for the longest context and no more: prefixes are evicted, and running requests retracted.
+        # Room for the longest context and no more: prefixes are evicted.
         {"max_total_tokens": 544, "context_length": 544, "page_size": 4, "chunked_prefill_size": 16},
         {"tp_size": 2, "dp_size": 2, "ep_size": 2, "enable_dp_attention": True},
         {"schedule_policy": "lpm", "max_running_requests": 3, "max_overtakes": 2},
