@@ -324,6 +324,7 @@ def call_until_a_peer_dies(rank: Rank, world_size: int) -> dict[str, str]:
 
 def stay_away(rank: Rank, backend: str, world_size: int, name: str) -> list[str]:
     """The last rank joins and never comes. Returns the messages of two calls, the others' first and second."""
+    shared(rank, backend, world_size).barrier()  # so that all join in time
     group = create(rank, backend, world_size, name, timeout_s=0.5)
     if rank.rank == world_size - 1:
         rank.state[name] = group  # alive, so that the others see silence and not a death
@@ -336,8 +337,9 @@ def stay_away(rank: Rank, backend: str, world_size: int, name: str) -> list[str]
 
 
 def come_late(rank: Rank, name: str) -> str:
-    """Rank 0 comes at once and waits for 0.2 s, rank 1 only then."""
-    group = create(rank, "shared_memory", 2, name, timeout_s=[0.2, 20][rank.rank])
+    """Rank 0 comes at once and waits for 0.5 s, rank 1 only then."""
+    shared(rank, "shared_memory", 2).barrier()  # so that both join in time
+    group = create(rank, "shared_memory", 2, name, timeout_s=[0.5, 20][rank.rank])
     gone = rank.run_dir / f"{name}.gone"
     while rank.rank == 1 and not gone.exists():
         time.sleep(0.01)

@@ -41,7 +41,7 @@ def batch_of(seed: int, rows: int) -> cases.Batch:
 
 
 class TestAgreement:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**16))
     def test_any_routing_gives_what_torch_gives(self, rows: int, top_k: int, first_expert: int, seed: int) -> None:
         batch = cases.random_batch(seed, rows, HIDDEN, top_k, -1, EXPERTS + 5)
@@ -53,7 +53,7 @@ class TestAgreement:
     )
     def test_any_shape_gives_what_torch_gives(self, experts: int, hidden: int, intermediate: int, top_k: int) -> None:
         packed = cases.random_experts(1, experts, hidden, intermediate)
-        cases.assert_like_torch(packed, cases.random_batch(1, 20, hidden, top_k, 0, experts))
+        cases.assert_like_torch(packed, cases.random_batch(1, 10, hidden, top_k, 0, experts))
 
     @pytest.mark.parametrize("tiling", cases.TILINGS, ids=str)
     def test_every_tiling_gives_what_torch_gives(self, tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,27 +117,27 @@ class TestRouting:
 
 class TestIndependence:
     def test_the_order_of_rows_does_not_matter(self) -> None:
-        batch, order = batch_of(11, 40), torch.randperm(40)
+        batch, order = batch_of(11, 20), torch.randperm(20)
         shuffled = cases.Batch(*(tensor[order] for tensor in batch.arguments))
         assert torch.equal(run(shuffled), run(batch)[order])
 
     def test_the_order_of_a_rows_slots_does_not_matter(self) -> None:
-        batch, slots = batch_of(12, 24), torch.tensor([2, 0, 1])
+        batch, slots = batch_of(12, 12), torch.tensor([2, 0, 1])
         shuffled = replace(batch, topk_ids=batch.topk_ids[:, slots], topk_weights=batch.topk_weights[:, slots])
         assert torch.equal(run(shuffled), run(batch))
 
     def test_the_same_inputs_give_the_same_bits(self) -> None:
-        batch = batch_of(13, 30)
+        batch = batch_of(13, 20)
         assert torch.equal(run(batch), run(batch))
 
     def test_a_nan_poisons_its_own_row_only(self) -> None:
-        batch = batch_of(14, 30)
+        batch = batch_of(14, 20)
         batch.topk_ids[4] = torch.tensor([1, 0, 2])
         clean = run(batch)
         batch.x_scale.view(torch.uint8)[4, 2] = 0x7F
         out = run(batch)
         assert out[4].isnan().all()
-        others = torch.arange(30) != 4
+        others = torch.arange(20) != 4
         assert torch.equal(out[others], clean[others])
 
 

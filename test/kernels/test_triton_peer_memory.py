@@ -82,7 +82,7 @@ def test_a_segment_of_fp8_results_is_smaller_by_the_bytes_that_they_save() -> No
     assert saved - page < bf16.num_bytes - fp8.num_bytes < saved + page
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.builds(WireRowLayout, st.integers(1, 12).map(lambda blocks: blocks * 16), st.integers(1, 9)),
     st.lists(st.integers(0, 3), min_size=1, max_size=3),
