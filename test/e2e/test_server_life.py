@@ -233,17 +233,16 @@ def test_of_two_servers_that_want_one_port_one_serves_and_the_other_ends_before_
 
 # What can't be served
 
-FILES_READ_WHILE_SERVING = ["tokenizer.json", "model.safetensors"]
-"""The first by the server's process, the second by a rank. All others are read before there is anything."""
-FILES_READ_BEFORE = sorted({path.name for path in DEMO_MODEL.iterdir()} - set(FILES_READ_WHILE_SERVING))
+TRIED_ON_A_SERVER = ["tokenizer.json", "model.safetensors"]
+"""The first is read by the server's own process, as all others are, the second by a rank."""
 
 
-@pytest.mark.parametrize("name", FILES_READ_BEFORE)
+@pytest.mark.parametrize("name", sorted({path.name for path in DEMO_MODEL.iterdir()} - set(TRIED_ON_A_SERVER)))
 def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, name):
     assert name in refusal(damaged_checkpoint(tmp_path / "model", name))
 
 
-@pytest.mark.parametrize("name", FILES_READ_WHILE_SERVING)
+@pytest.mark.parametrize("name", TRIED_ON_A_SERVER)
 def test_a_server_that_finds_its_checkpoint_damaged_says_so_in_its_last_line(tmp_path, name):
     model = damaged_checkpoint(tmp_path / "model", name)
     with launch(tmp_path / "log", model=model, ready=False) as server:
