@@ -14,7 +14,8 @@ class ParallelConfig:
     """`tp_size` ranks make one replica: `dp_size` attention groups, experts over `ep_size` groups.
 
     The ranks of a group follow each other. Those of an attention group share its requests and split the heads; those
-    of an expert group hold the same experts and split their width.
+    of an expert group hold the same experts and split their width. The ranks of a node follow each other, too, and an
+    attention group lies on one node.
     """
 
     tp_size: int = 1
@@ -25,6 +26,7 @@ class ParallelConfig:
     """lm_head is split over the ranks of an attention group; otherwise over all ranks, which then meet there."""
     groups_meet: bool = True
     """Attention groups exchange rows, in the experts or for lm_head; otherwise each runs for itself."""
+    nnodes: int = 1
 
     @property
     def world_size(self) -> int:
@@ -37,6 +39,20 @@ class ParallelConfig:
     @property
     def moe_tp_size(self) -> int:
         return self.tp_size // self.ep_size
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tp_size // self.nnodes
+
+    def ranks_of_node(self, node: int) -> range:
+        return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.ranks_per_node
+
+    def index_on_node(self, rank: int) -> int:
+        """Which of the equal shares of its host a rank gets: of GPUs, of cores."""
+        return rank % self.ranks_per_node
 
     def dp_rank(self, rank: int) -> int:
         return rank // self.attn_tp_size
@@ -71,13 +87,38 @@ def resolve_parallel(args: ServerArgs, model: ModelConfig, quantization: Quantiz
         )
     if args.enable_dp_lm_head and not args.enable_dp_attention:
         raise ConfigError("--enable-dp-lm-head needs --enable-dp-attention")
+    _check_nodes(args)
     unit = 1 if quantization is None else NVFP4_GROUP_SIZE
     _check_heads(tp // dp, model)
     _check_dense_layers(args, model, unit)
     _check_experts(args, model, unit)
     # The matrix of the embedding is split like the embedding, and groups of a dense model have no other reason to meet.
     dp_lm_head = args.enable_dp_lm_head or dp == 1 or model.tie_word_embeddings or model.moe is None
-    return ParallelConfig(tp, dp, args.ep_size, args.enable_dp_attention, dp_lm_head, model.moe is not None)
+    return ParallelConfig(
+        tp,
+        dp,
+        args.ep_size,
+        args.enable_dp_attention,
+        dp_lm_head,
+        groups_meet=model.moe is not None,
+        nnodes=args.nnodes,
+    )
+
+
+def _check_nodes(args: ServerArgs) -> None:
+    """Nodes have equally many ranks and whole attention groups, hence equally many of those, too."""
+    tp, dp, nnodes = args.tp_size, args.dp_size, args.nnodes
+    if tp % nnodes:
+        reason, way_out = f"must divide --tp-size {tp}, the ranks of all nodes", "or choose another --tp-size"
+    elif dp % nnodes:
+        reason = (
+            f"must divide --dp-size {dp}, because an attention group (here of {tp // dp} ranks: --tp-size divided by "
+            "--dp-size) lies on one node"
+        )
+        way_out = "or raise --dp-size"
+    else:
+        return
+    raise ConfigError(f"--nnodes {nnodes} {reason}; possible: {_divisors(dp)}, {way_out}")
 
 
 def _check_heads(attn_tp: int, model: ModelConfig) -> None:

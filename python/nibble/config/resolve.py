@@ -27,7 +27,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "fp8_e4m3": 1}
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What every process of the engine agrees on. Sent to the ranks as JSON."""
+    """What every process of the engine agrees on. Sent to the ranks as JSON.
+
+    With several nodes the shares of a machine are each its own: `num_gpus`, `cpu_threads`, `rank_cores`, `num_pages`.
+    """
 
     args: ServerArgs
     model_folder: str
@@ -40,7 +43,7 @@ class EngineConfig:
     no_gpu: str | None
     """Why auto did not choose a GPU, if so."""
     num_gpus: int
-    """GPUs that the ranks share out; 0 on a CPU."""
+    """GPUs that the ranks of a node share out; 0 on a CPU."""
     dtype: str
     kv_cache_dtype: str
     kernels: str
@@ -61,10 +64,12 @@ class EngineConfig:
     no_peer_memory: str | None
     """Why auto did not choose peer memory for that, if so."""
     cpu_collectives: str
-    """Between processes of one host; on GPUs they serve the step's sizes only, and NCCL the rows."""
+    """Between processes of one host; groups that span several meet over gloo. On GPUs they serve the step's sizes only,
+    and NCCL the rows.
+    """
     cpu_threads: int
     rank_cores: tuple[tuple[int, ...], ...] | None
-    """The cores that each CPU rank keeps to; None leaves that to the system."""
+    """The cores that each CPU rank of a node keeps to; None leaves that to the system."""
     context_length: int
     num_pages: int | None
     """Of one rank's KV cache; None leaves it to the ranks, which know once their weights are loaded."""
@@ -74,7 +79,7 @@ class EngineConfig:
 
     @property
     def ranks_per_gpu(self) -> int:
-        return -(-self.parallel.world_size // self.num_gpus) if self.num_gpus else 0
+        return -(-self.parallel.ranks_per_node // self.num_gpus) if self.num_gpus else 0
 
     def decisions(self) -> list[str]:
         """One line for each choice that was left to the engine."""
@@ -85,6 +90,7 @@ class EngineConfig:
             f"FP4 all-gather is {'on' if gather.enabled else 'off'}: {gather.reason}",
             f"ranks: tp={parallel.tp_size} dp={parallel.dp_size} ep={parallel.ep_size}, "
             f"collectives: {collectives if parallel.world_size > 1 else 'none (one rank)'}",
+            *self._nodes_in_words(),
             *self._split_in_words(),
             *self._moe_comm_in_words(),
             *self._moe_combine_in_words(),
@@ -97,6 +103,17 @@ class EngineConfig:
             f"pages of {self.args.page_size}; "
             f"context length: {self.context_length}",
         ]
+
+    def _nodes_in_words(self) -> list[str]:
+        parallel = self.parallel
+        if parallel.nnodes == 1:
+            return []
+        nodes = [(node, parallel.ranks_of_node(node)) for node in range(parallel.nnodes)]
+        places = ", ".join(f"{ranks[0]}-{ranks[-1]} on node {node}" for node, ranks in nodes)
+        between = "nothing, for attention groups do not meet"
+        if parallel.groups_meet:
+            between = "nccl, and gloo for the step's sizes" if self.device == "cuda" else "gloo"
+        return [f"nodes: ranks {places}; between nodes: {between}"]
 
     def _overlap_in_words(self) -> str:
         if self.overlap_schedule:
@@ -170,7 +187,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
     moe_comm_backend, no_peer_memory = _resolve_moe_comm_backend(args, model, parallel, dtype, on_gpu)
     cpu_collectives, _ = _resolve_c(args.cpu_collectives, "--cpu-collectives", RENDEZVOUS, "shared_memory", "gloo")
     kv_cache_dtype = _resolve_kv_cache_dtype(args, model, quantization)
-    shares_gpu = parallel.world_size > machine.num_gpus
+    shares_gpu = parallel.ranks_per_node > machine.num_gpus
     attention_backend, no_flashinfer = _resolve_attention(args, model, kernels, (dtype, kv_cache_dtype), shares_gpu)
     no_cuda_graph = _why_no_cuda_graph(args, model, quantization, attention_backend, moe_kernel)
     context_length, num_pages = _resolve_memory(args, model, parallel, kv_cache_dtype, on_gpu)
@@ -184,7 +201,7 @@ def resolve(args: ServerArgs) -> EngineConfig:
         fp4_allgather=should_use_flashinfer_cutlass_moe_fp4_allgather(args, model, quantization),
         device=device,
         no_gpu=no_gpu,
-        num_gpus=min(machine.num_gpus, parallel.world_size) if on_gpu else 0,
+        num_gpus=min(machine.num_gpus, parallel.ranks_per_node) if on_gpu else 0,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         kernels=kernels,
@@ -197,8 +214,8 @@ def resolve(args: ServerArgs) -> EngineConfig:
         moe_comm_backend=moe_comm_backend,
         no_peer_memory=no_peer_memory,
         cpu_collectives=cpu_collectives,
-        cpu_threads=args.cpu_threads or max(1, len(machine.cpu_cores) // parallel.world_size),
-        rank_cores=None if on_gpu else _resolve_rank_cores(args, machine.cpu_cores, parallel.world_size),
+        cpu_threads=args.cpu_threads or max(1, len(machine.cpu_cores) // parallel.ranks_per_node),
+        rank_cores=None if on_gpu else _resolve_rank_cores(args, machine.cpu_cores, parallel.ranks_per_node),
         context_length=context_length,
         num_pages=num_pages,
         overlap_schedule=on_gpu and not args.disable_overlap_schedule,
@@ -385,7 +402,9 @@ def _resolve_moe_comm_backend(
             raise ConfigError(f"--moe-comm-backend {asked}: {nothing_travels}; leave it out")
         return None, None
     no_peer_memory = None
-    if parallel.attn_tp_size > 1 or parallel.moe_tp_size > 1:
+    if parallel.nnodes > 1:
+        no_peer_memory = f"peer memory reaches the ranks of one host, and there are {parallel.nnodes} nodes"
+    elif parallel.attn_tp_size > 1 or parallel.moe_tp_size > 1:
         no_peer_memory = (
             f"peer memory needs dp-size = ep-size = tp-size, not {parallel.dp_size}, {parallel.ep_size} and "
             f"{parallel.tp_size}"
@@ -460,7 +479,7 @@ def _resolve_memory(
     if tokens is None and on_gpu:
         return args.context_length or longest, None
     if tokens is None:
-        affordable = available_memory_bytes() // 4 // parallel.world_size // token_bytes
+        affordable = available_memory_bytes() // 4 // parallel.ranks_per_node // token_bytes
         tokens = min(args.max_running_requests * (args.context_length or longest), affordable)
     pages = tokens // args.page_size
     context_length = args.context_length or min(longest, pages * args.page_size)

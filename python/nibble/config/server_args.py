@@ -1,6 +1,8 @@
 """The flags of the engine: one frozen dataclass, from which the command line is made."""
 
 import dataclasses
+import ipaddress
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,6 +75,13 @@ class ServerArgs:
         None,
         "1: every rank has all of the dense feed-forward layers of a model with experts. Default: they are split over "
         "the ranks of an attention group.",
+    )
+    nnodes: int = flag(1, "Hosts (nodes) over which the ranks are spread evenly; every one gets the same command.")
+    node_rank: int = flag(0, "The number of this host, from 0 to nnodes - 1; node 0 serves HTTP.")
+    dist_init_addr: str | None = flag(
+        None,
+        "HOST:PORT or [IPv6]:PORT of node 0, where the nodes meet; their ranks meet at PORT + 1. Needed with --nnodes "
+        "above 1.",
     )
 
     # Mixture of experts
@@ -268,10 +277,31 @@ def non_default_options(args: ServerArgs) -> str:
     )
 
 
+def parse_dist_init_addr(address: str) -> tuple[str, int]:
+    """Host, without brackets, and port of --dist-init-addr. Raises ConfigError unless it is an address to meet at."""
+    parts = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:/@\s]+)):([0-9]{1,5})", address)
+    if parts is None:
+        raise ConfigError(f"--dist-init-addr must be HOST:PORT or [IPv6]:PORT, got {address!r}")
+    host, port = parts[1] or parts[2], int(parts[3])
+    if not 0 < port < 65535:
+        raise ConfigError(
+            f"--dist-init-addr {address}: the port must be between 1 and 65534; the next one is used, too"
+        )
+    try:
+        is_unspecified = ipaddress.ip_address(host).is_unspecified
+    except ValueError as error:
+        if parts[1]:
+            raise ConfigError(f"--dist-init-addr {address}: {error}") from error
+        is_unspecified = False  # a name
+    if is_unspecified:
+        raise ConfigError(f"--dist-init-addr {address}: no node is reached at {host}; give the address of node 0")
+    return host, port
+
+
 def check_values(args: ServerArgs) -> None:
     """Refuses values that no configuration can mean. Raises ConfigError."""
     names = (
-        "tp_size", "dp_size", "ep_size", "page_size", "max_running_requests", "max_queued_requests",
+        "tp_size", "dp_size", "ep_size", "nnodes", "page_size", "max_running_requests", "max_queued_requests",
         "chunked_prefill_size", "max_request_bytes", "startup_timeout", "dist_timeout",
         "queue_timeout", "watchdog_timeout",
         "context_length", "max_total_tokens", "cpu_threads", "cuda_graph_max_bs", "moe_dense_tp_size", "max_overtakes",
@@ -291,3 +321,15 @@ def check_values(args: ServerArgs) -> None:
             raise ConfigError(f"{flag_name(name)} must not be empty; leave it out to need no key")
     if not 0 <= args.port < 65536:
         raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")
+    _check_nodes(args)
+
+
+def _check_nodes(args: ServerArgs) -> None:
+    if not 0 <= args.node_rank < args.nnodes:
+        raise ConfigError(f"--node-rank must be at least 0 and below --nnodes {args.nnodes}, got {args.node_rank}")
+    if args.dist_init_addr is not None:
+        parse_dist_init_addr(args.dist_init_addr)
+        if args.nnodes == 1:
+            raise ConfigError(f"--dist-init-addr {args.dist_init_addr}: one node meets no other; leave it out")
+    elif args.nnodes > 1:
+        raise ConfigError(f"--nnodes {args.nnodes} needs --dist-init-addr, where the nodes meet: HOST:PORT of node 0")

@@ -13,7 +13,7 @@ zero rows, as every one of them can see in `sizes`, nothing travels. A communica
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
@@ -308,6 +308,11 @@ class SingleRankCommunicator(Communicator):
 
     def _barrier(self) -> None:
         pass
+
+
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    *others, last = map(str, sorted(ranks))
+    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
 
 def sum_in_rank_order(terms: Sequence[Tensor], output: Tensor) -> None:

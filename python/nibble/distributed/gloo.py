@@ -17,7 +17,14 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from nibble.distributed.communicator import CollectiveError, Communicator, PeerError, sum_in_rank_order
+from nibble.distributed.communicator import (
+    CollectiveError,
+    Communicator,
+    PeerError,
+    ranks_in_words,
+    sum_in_rank_order,
+)
+from nibble.utils.deadline import within
 
 NAMING_S = 1.0
 """How long a rank whose collective failed waits for its peers to notice, so that it can name the one that did not."""
@@ -57,6 +64,8 @@ class GlooCommunicator(Communicator):
                     store = open_store(store, rank, world_size, timeout_s)
                 options._devices = [ProcessGroupGloo.create_device(hostname=listen_address)]
                 self._store = PrefixStore(name, store)
+                if absent := self._peers_without_word("here", timeout_s):  # gloo would not say who it is
+                    raise PeerError(f"{ranks_in_words(absent)} did not arrive within {timeout_s:g} s")
                 self._gloo = ProcessGroupGloo(self._store, rank, world_size, options)
         except PeerError as error:
             raise CollectiveError(f"joining group {name!r}, rank {rank}: {error}") from error
@@ -138,16 +147,22 @@ class GlooCommunicator(Communicator):
         """Names the peers that do not fail, too: gloo only knows that somebody did not come."""
         if not hasattr(self, "_gloo"):
             return ""  # while joining
-        with suppress(RuntimeError):  # the store went with the rank that served it
-            self._store.set(f"failed.{self.rank}", "")
-            silent = set(range(self.world_size)) - {self.rank}
-            deadline = time.monotonic() + NAMING_S
-            while silent and time.monotonic() < deadline:
-                time.sleep(0.05)
-                silent = {peer for peer in silent if not self._store.check([f"failed.{peer}"])}
-            if silent:
-                return f"; no word from rank {' and '.join(map(str, sorted(silent)))}"
+        # The store goes with the rank that serves it, or no longer answers with the host that it is on.
+        with suppress(RuntimeError, TimeoutError):
+            if silent := within(2 * NAMING_S, lambda: self._peers_without_word("failed", NAMING_S)):
+                return f"; no word from {ranks_in_words(silent)}"
         return ""
+
+    def _peers_without_word(self, word: str, timeout_s: float) -> set[int]:
+        """Leaves a word of this rank at the store. Returns the peers that have not left theirs in time."""
+        self._store.set(f"{word}.{self.rank}", "")
+        silent = set(range(self.world_size)) - {self.rank}
+        deadline = time.monotonic() + timeout_s
+        while silent := {peer for peer in silent if not self._store.check([f"{word}.{peer}"])}:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        return silent
 
 
 def open_store(address: str, rank: int, world_size: int, timeout_s: float) -> Store:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +14,7 @@ from nibble.distributed.communicator import CPU, Communicator, SingleRankCommuni
 from nibble.utils.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nibble.distributed.between_nodes import BetweenNodes
     from nibble.distributed.peer_memory import PeerMemory
     from nibble.distributed.pynccl import PyNcclCommunicator
 
@@ -71,7 +73,10 @@ class ParallelState:
 
 
 def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> ParallelState:
-    """Meets the other ranks in `run_dir`. Blocks until all are there, at most --dist-timeout."""
+    """Meets the other ranks: those of its node in `run_dir`, all others at --dist-init-addr.
+
+    Blocks until all are there, at most --dist-timeout.
+    """
     sizes = config.parallel
     attn_tp, alone = sizes.attn_tp_ranks(rank), range(rank, rank + 1)
     if sizes.groups_meet:
@@ -104,7 +109,8 @@ class _Meeting:
         self.device = CPU
         if config.device == "cuda":
             # Neighbours share a GPU, so that every GPU has as many as the others or one less.
-            self.device = torch.device("cuda", rank * config.num_gpus // config.parallel.world_size)
+            index = config.parallel.index_on_node(rank) * config.num_gpus // config.parallel.ranks_per_node
+            self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         self._on_cpu: dict[tuple[int, ...], Communicator] = {}
         self._on_gpu: dict[tuple[int, ...], Communicator] = {}
@@ -155,7 +161,10 @@ class _Meeting:
         rank, size, timeout = members.index(self.rank), len(members), self.config.args.dist_timeout
         if size == 1:
             return SingleRankCommunicator(name, CPU)
-        address = f"{name}{members[0]}"  # several groups of one kind use the same directory
+        address = f"{name}{members[0]}"  # several groups of one kind meet at the same place
+        parallel = self.config.parallel
+        if len({parallel.node_of(member) for member in members}) > 1:
+            return self._between_nodes.join(name, address, members)
         if self.config.cpu_collectives == "gloo":
             from nibble.distributed.gloo import GlooCommunicator
 
@@ -163,5 +172,12 @@ class _Meeting:
         from nibble.distributed.shared_memory import SharedMemoryCommunicator
 
         return SharedMemoryCommunicator(
-            rank, size, self.run_dir, address, timeout, ranks_on_host=self.config.parallel.world_size
+            rank, size, self.run_dir, address, timeout, ranks_on_host=parallel.ranks_per_node
         )
+
+    @cached_property
+    def _between_nodes(self) -> "BetweenNodes":
+        """Opened with the first group that spans nodes, which every rank has if any does: that of all ranks."""
+        from nibble.distributed.between_nodes import BetweenNodes
+
+        return BetweenNodes(self.config, self.rank)

@@ -13,9 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
-from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +29,7 @@ from nibble.distributed.pynccl_wrapper import (
     NcclLibrary,
     load_nccl,
 )
+from nibble.utils.deadline import within
 from nibble.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ class PyNcclCommunicator(Communicator):
             return self._nccl.comm_init_rank(self.world_size, bytes(unique_id.tolist()), self.rank)
 
         try:
-            return _within(self._timeout_s, init)
+            return within(self._timeout_s, init)
         except TimeoutError:
             raise NcclError(f"a rank failed: ncclCommInitRank did not return within {self._timeout_s:g} s") from None
 
@@ -156,7 +155,7 @@ class PyNcclCommunicator(Communicator):
         if comm is not None:
             release = self._nccl.comm_abort if self._closed_because else self._nccl.comm_destroy
             try:
-                _within(RELEASE_S, partial(release, comm))
+                within(RELEASE_S, partial(release, comm))
             except TimeoutError:
                 logger.warning(
                     "group %r, rank %d: NCCL still holds its communicator after %g s; a CUDA graph with its "
@@ -318,17 +317,3 @@ def multi_rank_gpu_environment(ranks_per_gpu: int) -> dict[str, str]:
             "NCCL_MAX_NCHANNELS": str(max(1, CHANNELS_PER_GPU // ranks_per_gpu)),
         }
     return {name: value for name, value in wanted.items() if name not in os.environ}
-
-
-def _within(timeout_s: float, function: Callable[[], T]) -> T:
-    """The result of a function that may never return: TimeoutError then, and its thread ends with the process."""
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    Thread(target=run, name="nccl", daemon=True).start()
-    return outcome.result(timeout_s)

@@ -30,7 +30,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -41,7 +41,14 @@ import torch
 from torch import Tensor
 
 from nibble.config.resolve import RENDEZVOUS
-from nibble.distributed.communicator import SUMMABLE_DTYPES, CollectiveError, Communicator, PeerError, sum_in_rank_order
+from nibble.distributed.communicator import (
+    SUMMABLE_DTYPES,
+    CollectiveError,
+    Communicator,
+    PeerError,
+    ranks_in_words,
+    sum_in_rank_order,
+)
 from nibble.utils.c_library import build_c_library
 
 COLLECTIVES = (
@@ -229,7 +236,7 @@ class SharedMemoryCommunicator(Communicator):
                 raise self._gone()
             if time.monotonic() > deadline:
                 silent = [peer for peer in self._links if self._state(peer) == SILENT]
-                raise PeerError(f"{_ranks(silent)} did not arrive within {self._timeout_s:g} s")
+                raise PeerError(f"{ranks_in_words(silent)} did not arrive within {self._timeout_s:g} s")
 
     def _state(self, peer: int, milliseconds: int = 0) -> int:
         state: int = self._library.await_peer(self._addresses[peer], self._round, 0, 0, milliseconds)
@@ -244,7 +251,7 @@ class SharedMemoryCommunicator(Communicator):
         words = {peer: _last_words(link) for peer, link in self._links.items() if link.fileno() in readable}
         silent = [peer for peer, text in words.items() if not text]
         if silent:
-            return PeerError(f"{_ranks(silent)} left the group: the process died or closed it")
+            return PeerError(f"{ranks_in_words(silent)} left the group: the process died or closed it")
         peer, text = next(iter(words.items()))
         return PeerError(f"rank {peer} gave up: {text}")
 
@@ -331,11 +338,6 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def _ranks(ranks: Iterable[int]) -> str:
-    *others, last = map(str, sorted(ranks))
-    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
-
-
 def _out_of_step(peer: int, theirs: bytes, ours: bytes) -> str:
     their_round, their_collective, _ = HEADER.unpack(theirs)
     our_round, our_collective, _ = HEADER.unpack(ours)
@@ -408,7 +410,7 @@ def _join(
                 selector.register(link, selectors.EVENT_READ, link)
             if time.monotonic() > deadline:
                 absent = set(range(world_size)) - set(segments)
-                raise PeerError(f"{_ranks(absent)} did not arrive within {timeout_s:g} s")
+                raise PeerError(f"{ranks_in_words(absent)} did not arrive within {timeout_s:g} s")
         on_failure.pop_all()
     return dict(sorted(links.items())), [segments[peer] for peer in range(world_size)]
 

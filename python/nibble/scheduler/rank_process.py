@@ -101,7 +101,7 @@ def _start(config: EngineConfig, rank: int, run_dir: Path, sockets: RankSockets,
     if parallel.device.type == "cuda":
         gpus.append(parallel.device)
     if config.rank_cores:  # only now: the group has looked at how many cores its ranks have together
-        os.sched_setaffinity(0, config.rank_cores[rank])
+        os.sched_setaffinity(0, config.rank_cores[config.parallel.index_on_node(rank)])
     runner = ModelRunner(config, parallel, on_stage)
     faults.install(runner.model)
     limits = SchedulerLimits(
