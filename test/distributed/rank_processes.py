@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -160,6 +161,12 @@ def run_ranks(
     """Calls the function once on each of `world_size` new processes. Returns their results in rank order."""
     with RankProcesses(world_size, run_dir, timeout_s) as ranks:
         return ranks.run(function, **arguments)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
 
 
 def _serve(rank: Rank, connection: Connection) -> None:

@@ -74,11 +74,22 @@ def shared_runner(rank: Rank, folder: str, args: dict[str, Any]) -> ModelRunner:
         config = engine_config(
             Path(folder), enable_dp_attention=True, page_size=PAGE, max_total_tokens=256, log_level="error", **args
         )
-        run_dir = rank.run_dir / f"runner{len(rank.state)}"
+        node = config.parallel.node_of(rank.rank)
+        run_dir = rank.run_dir / f"runner{len(rank.state)}-of-node{node}"  # hosts share no files
         run_dir.mkdir(mode=0o700, exist_ok=True)
         rank.state[name] = ModelRunner(config, initialize_parallel(config, rank.rank, run_dir))
     runner: ModelRunner = rank.state[name]
     return runner
+
+
+def groups_of(rank: Rank, folder: str, args: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Of each group of a rank what carries its rows, and its ranks, as a collective finds them."""
+    state = shared_runner(rank, folder, args).parallel
+    groups = {"tp": state.tp_group, "attn_tp": state.attn_tp_group, "dp": state.dp_group, "cpu": state.cpu_group}
+    return {
+        name: (type(group).__name__, group.all_gather(torch.tensor([rank.rank])).tolist())
+        for name, group in groups.items()
+    }
 
 
 @contextmanager

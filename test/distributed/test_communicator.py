@@ -1,7 +1,6 @@
 """The collectives of the CPU backends, checked on real processes against plain torch."""
 
 import re
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import communicator_ranks as on_rank
 from nibble.distributed.communicator import CollectiveError, Communicator, PeerError, SingleRankCommunicator
 from nibble.distributed.gloo import GlooCommunicator, open_store
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
-from rank_processes import RankProcesses
+from rank_processes import RankProcesses, free_port
 
 WORLDS = [(backend, world) for backend in ("gloo", "shared_memory") for world in (4, 3, 2, 1)] + [("single", 1)]
 """The most ranks first, so that their processes start at once."""
@@ -377,9 +376,3 @@ def test_gloo_and_its_store_listen_only_on_the_address_given() -> None:
         listening = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert port in {connection.laddr.port for connection in listening}
     assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port

@@ -15,9 +15,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from checkpoints import quantize_to_nvfp4, save_qwen3, save_qwen3_moe
 from nibble.layers.dp_attention import DpPaddingMode
-from rank_processes import RankProcesses
-from split_cases import IRREGULAR, MODES, SPLITS, VOCAB, alone, cases_of, relative_errors, save_irregular_moe
-from split_ranks import run_cases
+from rank_processes import RankProcesses, free_port
+from runners import engine_config
+from split_cases import IRREGULAR, MODES, SIZES, SPLITS, VOCAB, alone, cases_of, relative_errors, save_irregular_moe
+from split_ranks import groups_of, run_cases
 
 DENSE_SPLITS = [(tp, dp) for tp, dp, ep in SPLITS if ep == 1]
 
@@ -88,6 +89,41 @@ def test_every_split_of_an_nvfp4_model_gives_the_logits_of_one_rank_but_for_roun
 def test_options_of_a_split_change_no_logits(ranks, moe, tp, dp, ep, options):
     cases = cases_of(dp)
     assert max(relative_errors(run(ranks, moe, tp, dp, ep, cases, **options), alone(moe), cases, dp)) < 1e-4
+
+
+def several(nnodes: int) -> dict[str, Any]:
+    """The flags of that many hosts; their ranks are those of `ranks`, and share no files."""
+    return {"nnodes": nnodes, "dist_init_addr": f"127.0.0.1:{free_port() - 1}"}
+
+
+@pytest.mark.parametrize(("tp", "dp", "ep", "nnodes"), [(2, 2, 2, 2), (4, 4, 4, 2), (4, 4, 4, 4), (4, 2, 4, 2)])
+def test_ranks_on_several_hosts_give_the_same_bits_as_on_one(ranks, nvfp4_moe, tp, dp, ep, nnodes):
+    """Also with attention groups of two, whose second ranks meet in a group without rank 0, which serves the store."""
+    cases: list[dict[str, Any]] = [{"sizes": sizes} for sizes in SIZES[dp]]
+    args = {"tp_size": tp, "dp_size": dp, "ep_size": ep, "enable_flashinfer_cutlass_moe": True}
+    gathers_fp4 = engine_config(nvfp4_moe, enable_dp_attention=True, **args).fp4_allgather.enabled
+    assert gathers_fp4 == (dp == ep)
+    on_one, on_several = (
+        ranks[tp].run(run_cases, folder=str(nvfp4_moe), args={**args, **hosts}, cases=cases)
+        for hosts in ({}, several(nnodes))
+    )
+    assert str(on_several) == str(on_one), "logits by their shortest representation, and the collectives entered"
+
+
+def test_ranks_of_one_host_meet_in_its_memory_and_those_of_several_over_gloo(ranks, moe):
+    args = {"tp_size": 4, "dp_size": 2, "ep_size": 2, **several(2)}
+    for rank, groups in enumerate(ranks[4].run(groups_of, folder=str(moe), args=args)):
+        assert groups["tp"] == groups["cpu"] == ["GlooCommunicator", [0, 1, 2, 3]]
+        assert groups["dp"] == ["GlooCommunicator", [0, 2] if rank % 2 == 0 else [1, 3]]
+        assert groups["attn_tp"] == ["SharedMemoryCommunicator", [0, 1] if rank < 2 else [2, 3]]
+
+
+def test_attention_groups_of_a_dense_model_on_several_hosts_never_meet(ranks, dense):
+    """Nor do they need the address to answer: nobody opens it."""
+    args = {"tp_size": 4, "dp_size": 2, "ep_size": 1, **several(2)}
+    for rank, groups in enumerate(ranks[4].run(groups_of, folder=str(dense), args=args)):
+        expected = ["SharedMemoryCommunicator", [0, 1] if rank < 2 else [2, 3]]
+        assert groups["tp"] == groups["cpu"] == groups["attn_tp"] == expected
 
 
 def collectives_of_a_step(tp: int, dp: int, mode: str, has_rows: bool) -> list[str]:
