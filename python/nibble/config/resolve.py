@@ -108,12 +108,12 @@ class EngineConfig:
         parallel = self.parallel
         if parallel.nnodes == 1:
             return []
-        nodes = [(node, parallel.ranks_of_node(node)) for node in range(parallel.nnodes)]
-        places = ", ".join(f"{ranks[0]}-{ranks[-1]} on node {node}" for node, ranks in nodes)
+        nodes = map(parallel.ranks_of_node, range(parallel.nnodes))
+        places = ", ".join(f"node {node}: {ranks[0]} to {ranks[-1]}" for node, ranks in enumerate(nodes))
         between = "nothing, for attention groups do not meet"
         if parallel.groups_meet:
             between = "nccl, and gloo for the step's sizes" if self.device == "cuda" else "gloo"
-        return [f"nodes: ranks {places}; between nodes: {between}"]
+        return [f"ranks of {places}; between nodes: {between}"]
 
     def _overlap_in_words(self) -> str:
         if self.overlap_schedule:

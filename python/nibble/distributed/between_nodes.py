@@ -23,16 +23,15 @@ class BetweenNodes:
         address, self._timeout_s, self._rank = config.args.dist_init_addr, config.args.dist_timeout, rank
         assert address is not None  # with several nodes
         host, port = parse_dist_init_addr(address)
-        is_on_first_node = config.parallel.node_of(rank) == 0
         where = f"{f'[{host}]' if ':' in host else host}:{port + 1}"
         try:
-            self._listen_address = host if is_on_first_node else _own_address_towards(host, port + 1)
+            self._listen_address = host if config.parallel.node_of(rank) == 0 else _own_address_towards(host, port + 1)
             self._store = open_store(f"tcp://{where}", rank, config.parallel.world_size, self._timeout_s)
         except OSError as error:
             what = "listen" if rank == 0 else "be reached"
             raise ConfigError(
                 f"--dist-init-addr {address}: rank 0 can't {what} at {where}, where the ranks meet: {error}; give an "
-                "address of node 0 and a port that is free, like the next one"
+                "address of node 0, and a port that is free and the next one, too"
             ) from error
         except RuntimeError as error:
             raise CollectiveError(

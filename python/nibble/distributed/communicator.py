@@ -311,6 +311,7 @@ class SingleRankCommunicator(Communicator):
 
 
 def ranks_in_words(ranks: Iterable[int]) -> str:
+    """Ascending: "rank 1", "ranks 1, 2 and 5"; there must be one."""
     *others, last = map(str, sorted(ranks))
     return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
