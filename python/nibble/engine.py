@@ -19,7 +19,7 @@ from nibble.entrypoints.native_protocol import GenerateRequest
 from nibble.entrypoints.prompts import PromptEncoder
 from nibble.entrypoints.running_requests import RunningRequests
 from nibble.tokenizer.tokenizer import Tokenizer
-from nibble.utils.errors import RequestError
+from nibble.utils.errors import ConfigError, RequestError
 
 T = TypeVar("T")
 Output = dict[str, Any]
@@ -36,6 +36,8 @@ class Engine:
     def __init__(self, **server_args: Any) -> None:
         """Returns when the engine is ready. Raises ConfigError or EngineDeadError with the reason."""
         self.config = resolve(ServerArgs(**server_args))
+        if self.config.args.node_rank > 0:
+            raise ConfigError("an Engine has node_rank=0; start the other nodes with python -m nibble.launch_server")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="nibble engine", daemon=True)
         self._thread.start()

@@ -23,6 +23,7 @@ from nibble.config.command_line import parse_server_args
 from nibble.config.resolve import EngineConfig, resolve
 from nibble.config.server_args import ServerArgs, non_default_options
 from nibble.controller.async_engine import AsyncEngine
+from nibble.controller.node_agent import serve_node
 from nibble.entrypoints.http_protocol import BoundedHttpProtocol
 from nibble.entrypoints.http_server import create_app
 from nibble.entrypoints.tls import tls_context
@@ -53,19 +54,26 @@ def main() -> None:
 
 
 def serve(args: ServerArgs) -> NoReturn:
-    """Serves until a signal ends it. Exit code 0 then; 1 if it can't start or a process of the engine dies."""
-    configure_logging(args.log_level, "server", args.log_format)
-    setproctitle.setproctitle("nibble server")
+    """Serves until a signal ends it. Exit code 0 then; 1 if it can't start or a process of the engine dies.
+
+    Of several hosts the first one serves, and the others end with it.
+    """
+    name = "server" if args.node_rank == 0 else f"node {args.node_rank}"
+    configure_logging(args.log_level, name, args.log_format)
+    setproctitle.setproctitle(f"nibble {name}")
     faulthandler.register(signal.SIGUSR1)  # as in the ranks: the stacks of all threads, for whoever asks
     try:
         config = resolve(args)
         logger.info("options: %s", non_default_options(args))
         for line in config.decisions():
             logger.info(line)
-        tls = tls_context(args)
-        listener = _listen(args)
-        _allow_many_connections()
-        code = uvloop.run(_serve(config, listener, tls))
+        if args.node_rank == 0:
+            tls = tls_context(args)
+            listener = _listen(args)
+            _allow_many_connections()
+            code = uvloop.run(_serve(config, listener, tls))
+        else:
+            code = uvloop.run(serve_node(config))
     except ConfigError as error:
         sys.exit(f"error: {error}")
     logging.shutdown()

@@ -1,31 +1,28 @@
 """The engine as one asyncio object: requests in, growing answers out, rank processes underneath."""
 
 import asyncio
-import contextlib
 import logging
 import random
-import shutil
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import shown_args
 from nibble.controller.grammars import Grammars
+from nibble.controller.host import Host
 from nibble.controller.load_balancer import LoadBalancer
+from nibble.controller.nodes import Nodes
 from nibble.controller.prefix_record import PrefixRecord
 from nibble.controller.request_state import RequestState
-from nibble.controller.supervisor import Supervisor
 from nibble.controller.watchdog import Watchdog
 from nibble.generation import GenerationOutput, GenerationRequest
 from nibble.ipc.messages import (
     AbortRequest,
+    CompileGrammar,
     FlushCache,
     FromRank,
     GrammarCompiled,
@@ -40,10 +37,8 @@ from nibble.ipc.messages import (
     TokenUpdate,
     ToRank,
     Wake,
-    engine_address,
-    rank_address,
+    vocabulary_path,
 )
-from nibble.ipc.progress import ProgressBoard
 from nibble.observability.rank_stats import RankStats
 from nibble.observability.request_context import current_request
 from nibble.sampling_params import validate_sampling_params
@@ -63,6 +58,9 @@ _CHECKS_PER_TIMEOUT = 10
 # A step of a thousand requests must not hold up everybody else.
 _TAKEN_AT_ONCE = 64  # updates of requests
 _WOKEN_AT_ONCE = 16  # readers, which send what they read: about a tenth of a millisecond each
+
+_LAST_WORDS_SECONDS = 0.2
+"""What a message of a rank that has ended, which may say why, gets to arrive in."""
 
 
 class AsyncEngine:
@@ -84,6 +82,8 @@ class AsyncEngine:
         """Called with what a rank reports of itself, which ranks do with --enable-metrics."""
         self._state: State = "starting"
         self._death: str | None = None
+        self._reason_to_stop: str | None = None
+        """If it does not even start."""
         self._hangs = False
         """Whether it died of a rank that hangs, whose stack is worth a look."""
         self._ready = asyncio.Event()
@@ -99,54 +99,67 @@ class AsyncEngine:
         self._profiles: asyncio.Queue[ProfileWritten] | None = None
         """Where ranks answer, while a profile is being written."""
         self._seeds = random.Random(config.random_seed)
-        self._supervisor: Supervisor | None = None  # until start
+        self._host: Host | None = None  # until start
+        self._nodes: Nodes | None = None  # where there are other hosts
+        self._have_vocabulary = False
+        """The other hosts, of what their ranks' grammar compilers read."""
         self._watching: asyncio.Task[None] | None = None  # until ready
-        self._encoder = msgspec.msgpack.Encoder()
+        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(FromRank)
 
     # Life of the engine
 
     async def start(self) -> None:
         """Returns when every rank is ready. Raises EngineDeadError with the stage reached, or ConfigError."""
         self._loop = asyncio.get_running_loop()
-        self._run_dir = Path(tempfile.mkdtemp(prefix="nibble-"))  # mode 0700
-        self._context = zmq.asyncio.Context()
-        self._from_ranks = self._socket(zmq.PULL)
-        self._from_ranks.bind(engine_address(self._run_dir))
-        self._to_ranks = [self._socket(zmq.PUSH) for _ in range(self.dp_size)]
-        for dp_rank, socket in enumerate(self._to_ranks):
-            socket.connect(rank_address(self._run_dir, self.config.parallel.first_rank(dp_rank)))
-        self._progress = ProgressBoard(self._run_dir, self.config.parallel.world_size)
-        self._receiver = asyncio.create_task(self._receive())
-        self._grammars = Grammars(self.config, self._run_dir, self._send_to_all)
-        self._supervisor = Supervisor(self.config, self._run_dir, self._on_exit)
-        self._supervisor.start()
         timeout = self.config.args.startup_timeout
+        deadline = self._loop.time() + timeout
+        if self.config.parallel.nnodes > 1:
+            await self._meet(timeout)
+        self._host = Host(self.config, self.config.parallel.ranks_of_node(0), self._on_exit)
+        self._receiver = asyncio.create_task(self._receive())
+        self._grammars = Grammars(self.config, self._host.run_dir, self._send_to_all)
+        self._host.start()
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout)
+            await asyncio.wait_for(self._ready.wait(), deadline - self._loop.time())
         except TimeoutError:
             waiting = {rank: stage for rank, stage in self._stages.items() if stage != "ready"}
             everyone = range(self.config.parallel.world_size)
             waiting |= {rank: "starting its process" for rank in everyone if rank not in self._stages}
             stuck = ", ".join(f"rank {rank} is at {stage!r}" for rank, stage in sorted(waiting.items()))
             self._hangs = True
-            raise EngineDeadError(f"not ready within --startup-timeout {timeout:g} s: {stuck}") from None
+            raise self._does_not_start(f"not ready within --startup-timeout {timeout:g} s: {stuck}") from None
         if self._death is not None:
             raise EngineDeadError(self._death)
         self._state = "ready"
         self._watching = asyncio.create_task(self._watch())
 
+    async def _meet(self, timeout: float) -> None:
+        """The other hosts."""
+        self._nodes = Nodes(self.config, self._take, self._on_exit, self._fail)
+        try:
+            self.config = await asyncio.wait_for(self._nodes.meet(), timeout)
+        except TimeoutError:
+            nodes = " and ".join(map(str, self._nodes.missing()))
+            raise self._does_not_start(f"no word from node {nodes} within --startup-timeout {timeout:g} s") from None
+
+    def _does_not_start(self, reason: str) -> EngineDeadError:
+        self._reason_to_stop = reason
+        return EngineDeadError(reason)
+
     async def stop(self) -> None:
         """Ends all processes and removes what they left. Requests still running end with an error."""
+        reason = self._death or self._reason_to_stop
         if self._state != "dead":
             self._fail("the server is shutting down", notify=False)
-        if self._supervisor is not None:
+        if self._host is not None:
             await self._grammars.stop()
-            await asyncio.to_thread(self._supervisor.stop, dump_stacks=self._hangs)
+        if self._nodes is not None:
+            await self._nodes.stop(reason, dump_stacks=self._hangs)
+        if self._host is not None:
             self._receiver.cancel()
             if self._watching is not None:
                 self._watching.cancel()
-            self._context.destroy(linger=0)
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            await self._host.stop(dump_stacks=self._hangs)
 
     async def drain(self, timeout: float) -> None:
         """Refuses new requests and waits for the running ones, at most `timeout` seconds; then they fail."""
@@ -190,7 +203,7 @@ class AsyncEngine:
             "state": self._state,
             "requests_per_rank": self._balancer.requests_per_rank(),
             "outstanding_tokens_per_rank": self._balancer.tokens_per_rank(),
-            "rank_process_ids": self._supervisor.process_ids if self._supervisor else [],
+            "rank_process_ids": list(self._host.process_ids.values()) if self._host else [],
         }
 
     # Life of a request
@@ -351,31 +364,38 @@ class AsyncEngine:
 
     # Messages
 
-    def _socket(self, kind: int) -> zmq.asyncio.Socket:
-        socket = self._context.socket(kind)
-        socket.set_hwm(0)
-        return socket
-
-    def _send(self, rank: int, message: ToRank) -> None:
-        # Without a high-water mark a send is taken at once, in order; the future is done when it returns.
-        self._to_ranks[rank].send(self._encoder.encode(message))
+    def _send(self, dp_rank: int, message: ToRank) -> None:
+        rank, encoded = self.config.parallel.first_rank(dp_rank), self._encoder.encode(message)
+        assert self._host is not None
+        if self._host.has(rank):
+            self._host.send(rank, encoded)
+        elif self._nodes is not None:
+            self._nodes.send(rank, encoded)
 
     def _send_to_all(self, message: ToRank) -> None:
-        for rank in range(self.dp_size):
-            self._send(rank, message)
+        if isinstance(message, CompileGrammar) and self._nodes is not None and not self._have_vocabulary:
+            assert self._host is not None
+            self._nodes.share_vocabulary(vocabulary_path(self._host.run_dir).read_bytes())
+            self._have_vocabulary = True
+        for dp_rank in range(self.dp_size):
+            self._send(dp_rank, message)
 
     async def _receive(self) -> None:
-        decoder = msgspec.msgpack.Decoder(FromRank)
+        assert self._host is not None
         while True:
-            message = decoder.decode(await self._from_ranks.recv())
-            if not isinstance(message, TokenBatch):
-                self._handle(message)
-                continue
-            for start in range(0, len(message.updates), _TAKEN_AT_ONCE):
-                self._take(message.updates[start : start + _TAKEN_AT_ONCE])
-                await asyncio.sleep(0)  # others run
+            await self._take(await self._host.receive())
 
-    def _take(self, updates: Sequence[TokenUpdate]) -> None:
+    async def _take(self, encoded: bytes) -> None:
+        """A message of a rank."""
+        message = self._decoder.decode(encoded)
+        if not isinstance(message, TokenBatch):
+            self._handle(message)
+            return
+        for start in range(0, len(message.updates), _TAKEN_AT_ONCE):
+            self._update(message.updates[start : start + _TAKEN_AT_ONCE])
+            await asyncio.sleep(0)  # others run
+
+    def _update(self, updates: Sequence[TokenUpdate]) -> None:
         for update in updates:
             state = self._requests.get(update.request_id)
             if state is not None:
@@ -427,23 +447,28 @@ class AsyncEngine:
             await asyncio.sleep(interval)
             ranks_at_work = {state.rank for state in self._requests.values() if state.occupies_rank}
             busy = {self.config.parallel.first_rank(rank) for rank in ranks_at_work}
-            if stuck := watchdog.stuck(self._progress.read(), busy):
+            if stuck := watchdog.stuck(self._steps(), busy):
                 ranks = " and ".join(f"rank {rank}" for rank in stuck)
-                assert self._supervisor is not None
-                states = ", ".join(f"{rank} is {state}" for rank, state in enumerate(self._supervisor.states()))
+                states = ", ".join(f"{rank} is {state}" for rank, state in sorted(self._process_states().items()))
                 self._hangs = True
                 self._fail(f"{ranks} made no step for --watchdog-timeout {timeout:g} s; of the processes, {states}")
                 return
 
+    def _steps(self) -> list[int]:
+        """How many each rank has made, as far as is known."""
+        assert self._host is not None
+        steps = self._host.steps()
+        for rank, count in (self._nodes.steps() if self._nodes else {}).items():
+            steps[rank] = count
+        return steps
+
+    def _process_states(self) -> dict[int, str]:
+        assert self._host is not None
+        return self._host.states() | (self._nodes.states() if self._nodes else {})
+
     def _on_exit(self, rank: int, code: int) -> None:
-        """Called from the supervisor's thread."""
-
-        async def fail() -> None:
-            await asyncio.sleep(0.2)  # the rank may have said why; that message is on its way
-            self._fail(f"rank {rank} ended unexpectedly (exit code {code})")
-
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            asyncio.run_coroutine_threadsafe(fail(), self._loop)
+        reason = f"rank {rank} ended unexpectedly (exit code {code})"
+        self._loop.call_later(_LAST_WORDS_SECONDS, self._fail, reason)
 
     def _fail(self, reason: str, notify: bool = True) -> None:
         if self._death is not None:
@@ -454,7 +479,7 @@ class AsyncEngine:
                 self._profiles.put_nowait(ProfileWritten(rank, None, reason))
         self._ready.set()
         self.end_requests(reason)
-        if self._supervisor is not None:
+        if self._host is not None:
             self._grammars.fail(EngineDeadError(reason))
         if notify:
             self._on_dead(reason)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,16 +31,17 @@ class Supervisor:
     it when the thread that started it ends (so that thread must stay, which is why it does the waiting).
     """
 
-    def __init__(self, config: EngineConfig, run_dir: Path, on_exit: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, ranks: Sequence[int], run_dir: Path, on_exit: Callable[[int, int], None]
+    ) -> None:
         self._config_line = msgspec.json.encode(config) + b"\n"
         self._gpu_environment = _gpu_environment(config)
         self._run_dir = run_dir
         self._on_exit = on_exit
         self._stopping = False
-        self._processes: list[subprocess.Popen[bytes] | None] = [None] * config.parallel.world_size
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._threads = [
-            threading.Thread(target=self._run, args=(rank,), name=f"rank {rank}", daemon=True)
-            for rank in range(config.parallel.world_size)
+            threading.Thread(target=self._run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in ranks
         ]
 
     def start(self) -> None:
@@ -55,34 +56,41 @@ class Supervisor:
         self._stopping = True
         if dump_stacks:
             self._dump_stacks()
-        for process in self._processes:
-            if process is not None and process.stdin is not None and not process.stdin.closed:
+        for process in self._started():
+            if process.stdin is not None and not process.stdin.closed:
                 process.stdin.close()
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
-        for process in self._processes:
-            if process is not None and process.poll() is None:
+        for process in self._started():
+            if process.poll() is None:
                 logger.warning("process %d did not end by itself and is killed", process.pid)
                 process.kill()
                 process.wait()
 
     def _dump_stacks(self) -> None:
         """Has the ranks write their stacks to standard error, one after the other, so that they can be told apart."""
-        for rank, process in enumerate(self._processes):
-            if process is None or process.poll() is not None:
+        for rank, process in sorted(self._processes.items()):
+            if process.poll() is not None:
                 continue
             if not ask_for_stacks(process.pid, stacks_written_path(self._run_dir, rank), _STACK_SECONDS):
                 logger.warning("rank %d does not say where it is", rank)
 
-    def states(self) -> list[str]:
+    def states(self) -> dict[int, str]:
         """What the system says of each rank's process: running, sleeping, stopped, disk-sleep, …"""
-        return [psutil.Process(pid).status() if psutil.pid_exists(pid) else "gone" for pid in self.process_ids]
+        return {
+            rank: psutil.Process(pid).status() if psutil.pid_exists(pid) else "gone"
+            for rank, pid in self.process_ids.items()
+        }
 
     @property
-    def process_ids(self) -> list[int]:
-        return [process.pid for process in self._processes if process is not None]
+    def process_ids(self) -> dict[int, int]:
+        """By rank."""
+        return {rank: process.pid for rank, process in sorted(self._processes.items())}
+
+    def _started(self) -> list[subprocess.Popen[bytes]]:
+        return list(self._processes.values())
 
     def _run(self, rank: int) -> None:
         process = subprocess.Popen(
