@@ -18,7 +18,7 @@ _FIRST_HOST_ONLY = frozenset({
     "served_model_name", "trust_remote_code", "load_balance_method", "max_queued_requests", "queue_timeout",
     "random_seed", "tool_call_parser", "reasoning_parser", "grammar_backend", "host", "port", "api_key",
     "admin_api_key", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_keyfile_password", "max_request_bytes",
-    "drain_timeout", "watchdog_timeout", "log_requests", "log_requests_level", "profiler_dir",
+    "drain_timeout", "log_requests", "log_requests_level", "profiler_dir",
 })  # fmt: skip
 """Flags of the server, which only the first host is."""
 

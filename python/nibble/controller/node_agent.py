@@ -33,6 +33,8 @@ from nibble.utils.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.2
+_REPORTS_PER_TIMEOUT = 10
+"""Of the watchdog."""
 
 Link = NodeLink[FromNode, ToNode]
 
@@ -155,4 +157,4 @@ class _Agent:
         while True:
             steps, states = (self._host.steps(), self._host.states()) if self._host else ([], {})
             link.send(Steps({rank: steps[rank] for rank in self._ranks if steps}, states))
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await asyncio.sleep(min(HEARTBEAT_SECONDS, self._args.watchdog_timeout / _REPORTS_PER_TIMEOUT))

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
+import msgspec
+
 import nibble
 from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import parse_dist_init_addr
@@ -116,7 +118,7 @@ class Nodes:
 
     async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link: Link = NodeLink(reader, writer, FromNode)  # type: ignore[arg-type]
-        host = writer.get_extra_info("peername")[0]
+        host, *_ = writer.get_extra_info("peername") or ("somewhere",)
         try:
             hello = await link.receive(_HELLO_SECONDS, MAX_HELLO_BYTES)
             if not isinstance(hello, Hello) or hello.node_rank not in self.missing():
@@ -152,7 +154,7 @@ class Nodes:
                         self._on_exit(message.rank, message.code)
                     case Hello():
                         raise LinkError("it said hello twice")
-        except LinkError as error:
+        except (LinkError, msgspec.DecodeError) as error:
             if not self._have_met:  # it may come again
                 logger.warning("node %d is gone: %s", node, error)
                 del self._links[node]
