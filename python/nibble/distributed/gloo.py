@@ -156,13 +156,13 @@ class GlooCommunicator(Communicator):
     def _peers_without_word(self, word: str, timeout_s: float) -> set[int]:
         """Leaves a word of this rank at the store. Returns the peers that have not left theirs in time."""
         self._store.set(f"{word}.{self.rank}", "")
-        silent = set(range(self.world_size)) - {self.rank}
+        words = {peer: f"{word}.{peer}" for peer in range(self.world_size) if peer != self.rank}
         deadline = time.monotonic() + timeout_s
-        while silent := {peer for peer in silent if not self._store.check([f"{word}.{peer}"])}:
+        while not self._store.check(list(words.values())):  # one question for all: they may be many, and the store one
             if time.monotonic() > deadline:
-                break
+                return {peer for peer, key in words.items() if not self._store.check([key])}
             time.sleep(0.01)
-        return silent
+        return set()
 
 
 def open_store(address: str, rank: int, world_size: int, timeout_s: float) -> Store:
