@@ -79,10 +79,7 @@ class Supervisor:
 
     def states(self) -> dict[int, str]:
         """What the system says of each rank's process: running, sleeping, stopped, disk-sleep, …"""
-        return {
-            rank: psutil.Process(pid).status() if psutil.pid_exists(pid) else "gone"
-            for rank, pid in self.process_ids.items()
-        }
+        return {rank: _status(pid) for rank, pid in self.process_ids.items()}
 
     @property
     def process_ids(self) -> dict[int, int]:
@@ -112,6 +109,13 @@ class Supervisor:
         code = process.wait()
         if not self._stopping:
             self._on_exit(rank, code)
+
+
+def _status(pid: int) -> str:
+    try:
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return "gone"
 
 
 def _gpu_environment(config: EngineConfig) -> dict[str, str]:
