@@ -56,6 +56,15 @@ async def _send_no_message(writer: asyncio.StreamWriter) -> None:
     writer.write(b"\x02\x00\x00\x00\xc0\xc1")
 
 
+async def _send_broken_text(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"\x08\x00\x00\x00\x81\xa4type\xa1\xff")
+
+
+async def _send_a_deep_nest(writer: asyncio.StreamWriter) -> None:
+    nest = b"\x82\xa4type\xa9StillHere\xa1x" + b"\x91" * 50_000 + b"\xc0"
+    writer.write(len(nest).to_bytes(4, "little") + nest)
+
+
 async def _be_silent(writer: asyncio.StreamWriter) -> None:
     pass
 
@@ -67,6 +76,8 @@ async def _be_silent(writer: asyncio.StreamWriter) -> None:
         (_stop_in_the_middle, "it has closed the connection"),
         (_speak_http, "it announced a message of 542393671 bytes, and the most are 1048576"),
         (_send_no_message, "what it says is no message"),
+        (_send_broken_text, "what it says is no message: 'utf-8' codec can't decode"),
+        (_send_a_deep_nest, "what it says is no message: maximum recursion depth"),
         (_be_silent, r"it said nothing for 0\.2 s"),
     ],
 )

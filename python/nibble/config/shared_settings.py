@@ -9,8 +9,8 @@ from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import flag_name
 
 _ONE_HOST_ONLY = frozenset({
-    "node_rank", "model_path", "tokenizer_path", "cpu_threads", "cpu_binding", "max_total_tokens",
-    "mem_fraction_static", "log_level", "log_format",
+    "node_rank", "model_path", "tokenizer_path", "cpu_threads", "cpu_binding", "mem_fraction_static",
+    "log_level", "log_format",
 })  # fmt: skip
 """Flags that every host may have values of its own for."""
 
@@ -24,7 +24,7 @@ _FIRST_HOST_ONLY = frozenset({
 
 _RESOLVED = (
     "model", "quantization", "device", "dtype", "kv_cache_dtype", "kernels", "moe_kernel", "attention_backend",
-    "cuda_graph_rows", "moe_comm_backend", "cpu_collectives", "context_length",
+    "cuda_graph_rows", "moe_comm_backend", "cpu_collectives",
 )  # fmt: skip
 """What was left to each host, and must have come to the same."""
 

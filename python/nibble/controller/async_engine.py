@@ -138,6 +138,7 @@ class AsyncEngine:
         self._nodes = Nodes(self.config, self._take, self._on_exit, self._fail)
         try:
             self.config = await asyncio.wait_for(self._nodes.meet(), timeout)
+            self.context_length = self.config.context_length
         except TimeoutError:
             nodes = " and ".join(map(str, self._nodes.missing()))
             raise self._does_not_start(f"no word from node {nodes} within --startup-timeout {timeout:g} s") from None
@@ -258,8 +259,7 @@ class AsyncEngine:
 
     def start_profile(self, profile: StartProfile) -> None:
         """Every rank records what it does, into a folder inside --profiler-dir. Raises RequestError for another."""
-        if self._death is not None:
-            raise EngineDeadError(self._death)
+        self._check_started()
         if "GPU" in profile.activities and self.config.device == "cpu":
             raise RequestError("activities can't have GPU: this engine runs on the CPU", "activities")
         allowed = Path(self.config.args.profiler_dir).resolve()
@@ -271,8 +271,7 @@ class AsyncEngine:
 
     async def stop_profile(self) -> list[str]:
         """Ends it, on all ranks, and returns where their traces are. Raises RequestError when there are none."""
-        if self._death is not None:
-            raise EngineDeadError(self._death)
+        self._check_started()
         if self._profiles is not None:
             raise RequestError("the profile is being written already")
         profiles: asyncio.Queue[ProfileWritten] = asyncio.Queue()
@@ -343,9 +342,14 @@ class AsyncEngine:
         if request.request_id in self._requests:
             raise RequestError(f"a request with the id {request.request_id!r} is running already", "rid")
 
-    def _check_capacity(self) -> None:
+    def _check_started(self) -> None:
         if self._death is not None:
             raise EngineDeadError(self._death)
+        if self._state == "starting":
+            raise OverloadedError("the server is starting and takes no requests")
+
+    def _check_capacity(self) -> None:
+        self._check_started()
         if self._state != "ready":
             raise OverloadedError(f"the server is {self._state} and takes no requests")
         args = self.config.args

@@ -13,7 +13,6 @@ from nibble.config.shared_settings import shared_settings
 from nibble.controller.host import Host
 from nibble.ipc.messages import vocabulary_path
 from nibble.ipc.node_link import (
-    HEARTBEAT_SECONDS,
     ForRank,
     FromNode,
     Goodbye,
@@ -27,14 +26,13 @@ from nibble.ipc.node_link import (
     ToNode,
     Vocabulary,
     Welcome,
+    heartbeat_seconds,
 )
 from nibble.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.2
-_REPORTS_PER_TIMEOUT = 10
-"""Of the watchdog."""
 
 Link = NodeLink[FromNode, ToNode]
 
@@ -71,12 +69,14 @@ class _Agent:
 
     async def run(self) -> int:
         link = await self._connect()
-        link.send(
-            Hello(self._args.node_rank, nibble.__version__, shared_settings(self._config), self._config.num_pages)
-        )
+        config = self._config
+        settings = shared_settings(config)
+        link.send(Hello(self._args.node_rank, nibble.__version__, settings, config.context_length, config.num_pages))
         reporting = asyncio.ensure_future(self._report(link))
         try:
-            self._config = await self._wait_for_all(link)
+            if not await self._meet(link):
+                logger.info("the first host stops before all are there")
+                return 0
             return await self._serve(link)
         finally:
             reporting.cancel()
@@ -89,31 +89,39 @@ class _Agent:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._args.startup_timeout
         logger.info("looking for the first host at %s", self._args.dist_init_addr)
-        while True:
+        reason = "no answer"
+        while loop.time() < deadline:
             try:
-                reader, writer = await asyncio.open_connection(host, port)
+                async with asyncio.timeout_at(deadline):
+                    reader, writer = await asyncio.open_connection(host, port)
                 return NodeLink(reader, writer, ToNode)  # type: ignore[arg-type]
-            except OSError as error:
-                if loop.time() > deadline:
-                    raise ConfigError(
-                        f"--dist-init-addr {self._args.dist_init_addr}: nobody answers there within --startup-timeout "
-                        f"{self._args.startup_timeout:g} s ({error.strerror}); is --node-rank 0 running?"
-                    ) from error
+            except OSError as error:  # TimeoutError too, which says nothing
+                reason = str(error) or reason
             await asyncio.sleep(_RETRY_SECONDS)
+        raise ConfigError(
+            f"--dist-init-addr {self._args.dist_init_addr}: nobody waits there for this host within --startup-timeout "
+            f"{self._args.startup_timeout:g} s ({reason}); is --node-rank 0 running, or has it all its nodes already?"
+        )
 
-    async def _wait_for_all(self, link: Link) -> EngineConfig:
-        """Returns what all hosts serve with."""
+    async def _meet(self, link: Link) -> bool:
+        """Waits for all hosts, and takes over what they serve with. False if the first one is told to stop before."""
         try:
             while isinstance(answer := await link.receive(self._args.dist_timeout), StillHere):
                 pass
         except LinkError as error:
-            raise ConfigError(
-                f"the first host, at {self._args.dist_init_addr}, has no place for this one: {error}"
-            ) from error
+            raise ConfigError(f"the first host, at {self._args.dist_init_addr}, is lost: {error}") from error
         if isinstance(answer, Goodbye):
-            raise ConfigError(f"the first host says: {answer.reason or 'the server is shutting down'}")
+            if answer.reason is not None:
+                raise ConfigError(f"the first host says: {answer.reason}")
+            return False
         assert isinstance(answer, Welcome)
-        return replace(self._config, random_seed=answer.random_seed, num_pages=answer.num_pages)
+        self._config = replace(
+            self._config,
+            random_seed=answer.random_seed,
+            context_length=answer.context_length,
+            num_pages=answer.num_pages,
+        )
+        return True
 
     async def _serve(self, link: Link) -> int:
         host = self._host = Host(self._config, self._ranks, lambda rank, code: link.send(RankEnded(rank, code)))
@@ -157,4 +165,4 @@ class _Agent:
         while True:
             steps, states = (self._host.steps(), self._host.states()) if self._host else ([], {})
             link.send(Steps({rank: steps[rank] for rank in self._ranks if steps}, states))
-            await asyncio.sleep(min(HEARTBEAT_SECONDS, self._args.watchdog_timeout / _REPORTS_PER_TIMEOUT))
+            await asyncio.sleep(heartbeat_seconds(self._args))

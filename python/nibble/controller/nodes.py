@@ -12,7 +12,6 @@ from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import parse_dist_init_addr
 from nibble.config.shared_settings import difference, shared_settings
 from nibble.ipc.node_link import (
-    HEARTBEAT_SECONDS,
     MAX_HELLO_BYTES,
     ForRank,
     FromNode,
@@ -27,6 +26,7 @@ from nibble.ipc.node_link import (
     ToNode,
     Vocabulary,
     Welcome,
+    heartbeat_seconds,
 )
 from nibble.utils.errors import ConfigError
 
@@ -54,8 +54,8 @@ class Nodes:
         self._settings = shared_settings(config)
         self._on_message, self._on_exit, self._on_lost = on_message, on_exit, on_lost
         self._links: dict[int, Link] = {}
-        self._pages: dict[int, int | None] = {}
-        """What a rank of each node has room for."""
+        self._hellos: dict[int, Hello] = {}
+        """The last one of each node."""
         self._arrived: asyncio.Queue[str | None] = asyncio.Queue()
         """For each node that has come, why it can't stay, if so."""
         self._steps: dict[int, int] = {}
@@ -84,10 +84,12 @@ class Nodes:
                 self._send_to_all(Goodbye(refusal, dump_stacks=False))
                 raise ConfigError(refusal)
         self._have_met = True
-        pages = [*self._pages.values(), self._config.num_pages]
+        self._server.close()  # nobody else has business here
+        everyone: list[EngineConfig | Hello] = [self._config, *self._hellos.values()]
+        length, pages = min(host.context_length for host in everyone), [host.num_pages for host in everyone]
         num_pages = None if None in pages else min(page for page in pages if page is not None)
-        self._send_to_all(Welcome(self._config.random_seed, num_pages))
-        return replace(self._config, num_pages=num_pages)
+        self._send_to_all(Welcome(self._config.random_seed, length, num_pages))
+        return replace(self._config, context_length=length, num_pages=num_pages)
 
     def missing(self) -> list[int]:
         return [node for node in range(1, self._parallel.nnodes) if node not in self._links]
@@ -121,13 +123,18 @@ class Nodes:
         host, *_ = writer.get_extra_info("peername") or ("somewhere",)
         try:
             hello = await link.receive(_HELLO_SECONDS, MAX_HELLO_BYTES)
-            if not isinstance(hello, Hello) or hello.node_rank not in self.missing():
-                raise LinkError("it is none of the nodes that are missing")
+            if not isinstance(hello, Hello):
+                raise LinkError("it did not say hello")
+            if hello.node_rank not in self.missing():
+                who = f"node {hello.node_rank} of {hello.settings.get('--nnodes')}"
+                reason = f"{who} is none that is missing; of {self._parallel.nnodes} nodes, {self.missing()} are"
+                link.send(Goodbye(reason, dump_stacks=False))
+                raise LinkError(reason)
         except LinkError as error:
             logger.warning("refused a connection from %s to --dist-init-addr: %s", host, error)
             await link.close()
             return
-        self._links[hello.node_rank], self._pages[hello.node_rank] = link, hello.num_pages
+        self._links[hello.node_rank], self._hellos[hello.node_rank] = link, hello
         logger.info("node %d is here, from %s", hello.node_rank, host)
         self._start(self._read(hello.node_rank, link))
         refusal = self._why_not_together(hello)
@@ -145,25 +152,26 @@ class Nodes:
             while True:
                 message = await link.receive(self._config.args.dist_timeout)
                 match message:
-                    case OfRank():
-                        await self._on_message(message.message)
                     case Steps():
                         self._steps |= message.counts
                         self._states |= message.states
-                    case RankEnded():
+                    case OfRank() if self._have_met:
+                        await self._on_message(message.message)
+                    case RankEnded() if self._have_met:
                         self._on_exit(message.rank, message.code)
-                    case Hello():
-                        raise LinkError("it said hello twice")
+                    case _:
+                        raise LinkError(f"it sent {type(message).__name__} out of turn")
         except (LinkError, msgspec.DecodeError) as error:
             if not self._have_met:  # it may come again
                 logger.warning("node %d is gone: %s", node, error)
                 del self._links[node]
+                await link.close()
             elif not self._has_ended:
                 self._on_lost(f"node {node} is lost: {error}")
 
     async def _keep_alive(self) -> None:
         while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await asyncio.sleep(heartbeat_seconds(self._config.args))
             self._send_to_all(StillHere())
 
     def _send_to_all(self, message: ToNode) -> None:

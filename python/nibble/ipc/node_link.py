@@ -1,7 +1,7 @@
 """What the hosts of an engine say to each other: msgpack over one TCP connection from each to the first one.
 
 A message is its length, four bytes, little-endian, and then itself. Both sides speak at least every
-`HEARTBEAT_SECONDS`, so that the silence of a host that is cut off is noticed; the death of a process is at once.
+`heartbeat_seconds`, so that the silence of a host that is cut off is noticed; the death of a process is at once.
 """
 
 import asyncio
@@ -10,10 +10,20 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-HEARTBEAT_SECONDS = 1.0
-MAX_HELLO_BYTES = 1 << 20
+from nibble.config.server_args import ServerArgs
+
+MAX_HELLO_BYTES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
 _LENGTH_BYTES = 4
+
+_HEARTBEAT_SECONDS = 1.0
+_HEARTBEATS_PER_TIMEOUT = 10
+_CLOSE_SECONDS = 1.0
+
+
+def heartbeat_seconds(args: ServerArgs) -> float:
+    """Often enough for those who wait for --dist-timeout, and for the watchdog, which looks at the steps in them."""
+    return min(_HEARTBEAT_SECONDS, min(args.dist_timeout, args.watchdog_timeout) / _HEARTBEATS_PER_TIMEOUT)
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -22,6 +32,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     node_rank: int
     version: str
     settings: dict[str, str]
+    context_length: int
     num_pages: int | None
 
 
@@ -29,6 +40,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     """To every host, once all are there, with what is the first one's to decide."""
 
     random_seed: int
+    context_length: int
     num_pages: int | None
 
 
@@ -68,7 +80,7 @@ class StillHere(msgspec.Struct, frozen=True, tag=True):
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
-    """To every host: the engine ends, for a `reason` if it failed; with `dump_stacks` ranks tell where they are."""
+    """To a host that has to end, for a `reason` if something failed; with `dump_stacks` ranks tell where they are."""
 
     reason: str | None
     dump_stacks: bool
@@ -110,13 +122,13 @@ class NodeLink(Generic[Sent, Received]):
             raise LinkError(f"it said nothing for {timeout_s:g} s") from None
         except (asyncio.IncompleteReadError, ConnectionError, OSError):
             raise LinkError("it has closed the connection") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise LinkError(f"what it says is no message: {error}") from error
 
     async def close(self) -> None:
         """Delivers what was sent, if the other side takes it within a moment."""
         with contextlib.suppress(TimeoutError, ConnectionError, OSError):
-            async with asyncio.timeout(HEARTBEAT_SECONDS):
+            async with asyncio.timeout(_CLOSE_SECONDS):
                 self._writer.close()
                 await self._writer.wait_closed()
         self._writer.transport.abort()
