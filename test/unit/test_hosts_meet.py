@@ -188,6 +188,35 @@ def test_a_host_that_waits_ends_cleanly_with_a_server_that_is_told_to_stop(confi
     run(config, scenario)
 
 
+def test_hosts_that_come_while_the_first_one_gives_up_are_told_why(config):
+    args = replace(config.args, model_path=str(DEMO_MODEL), nnodes=3, tp_size=3, dp_size=3)
+    config = replace(
+        config,
+        args=args,
+        tokenizer_folder=str(DEMO_MODEL),
+        parallel=replace(config.parallel, tp_size=3, dp_size=3, nnodes=3),
+    )
+
+    async def scenario() -> None:
+        engine = AsyncEngine(config)
+        starting = asyncio.ensure_future(engine.start())
+        hosts = [
+            asyncio.ensure_future(serve_node(replace(config, args=replace(args, node_rank=node, page_size=page_size))))
+            for node, page_size in ((1, 32), (2, 16))
+        ]
+        with pytest.raises(ConfigError, match="--page-size is 32 there"):
+            await starting
+        assert engine._nodes is not None
+        while engine._nodes.missing():
+            await asyncio.sleep(0.01)
+        await engine.stop()
+        for host in hosts:
+            with pytest.raises(ConfigError, match="the first host says: node 1: --page-size is 32 there"):
+                await host
+
+    asyncio.run(scenario())
+
+
 def test_a_profile_is_refused_until_the_ranks_are_there():
     async def ask() -> None:
         engine = AsyncEngine(engine_config(DEMO_MODEL))

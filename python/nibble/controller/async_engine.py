@@ -44,7 +44,7 @@ from nibble.observability.request_context import current_request
 from nibble.sampling_params import validate_sampling_params
 from nibble.tokenizer.stop_regex import compile_stop_regexes
 from nibble.tokenizer.tokenizer import Tokenizer
-from nibble.utils.errors import EngineDeadError, OverloadedError, RequestError
+from nibble.utils.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,9 @@ class AsyncEngine:
         except TimeoutError:
             nodes = " and ".join(map(str, self._nodes.missing()))
             raise self._does_not_start(f"no word from node {nodes} within --startup-timeout {timeout:g} s") from None
+        except ConfigError as error:
+            self._reason_to_stop = str(error)  # which the other hosts are told, too
+            raise
 
     def _does_not_start(self, reason: str) -> EngineDeadError:
         self._reason_to_stop = reason

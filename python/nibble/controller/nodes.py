@@ -81,7 +81,6 @@ class Nodes:
         while self.missing():
             logger.info("waiting for node %s at %s", ", ".join(map(str, self.missing())), address)
             if (refusal := await self._arrived.get()) is not None:
-                self._send_to_all(Goodbye(refusal, dump_stacks=False))
                 raise ConfigError(refusal)
         self._have_met = True
         self._server.close()  # nobody else has business here
