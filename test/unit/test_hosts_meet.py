@@ -1,8 +1,9 @@
 """Hosts find each other: who is welcome at the first one, who is told why not, and who costs it nothing more."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
@@ -24,6 +25,7 @@ from nibble.ipc.node_link import (
     LinkError,
     NodeLink,
     OfRank,
+    Steps,
     StillHere,
     ToNode,
     Welcome,
@@ -151,6 +153,54 @@ def test_before_all_are_there_no_message_of_a_rank_is_taken_and_who_sends_one_is
         assert meeting.nodes.missing() == [1, 2]
 
     run(config, scenario)
+
+
+def test_a_host_that_speaks_for_ranks_of_others_is_lost(config):
+    async def scenario(meeting: Meeting) -> None:
+        link = await meeting.come(meeting.hello())
+        await meeting.met
+        link.send(Steps({1: 5}, {1: "running"}))
+        while not meeting.nodes.steps():
+            await asyncio.sleep(0.01)
+        link.send(Steps({0: 99}, {}))
+        while not meeting.on_lost.called:
+            await asyncio.sleep(0.01)
+        meeting.on_lost.assert_called_once_with("node 1 is lost: it sent Steps out of turn")
+        assert meeting.nodes.steps() == {1: 5}
+
+    run(config, scenario)
+
+
+def test_what_fails_while_messages_are_taken_ends_the_engine_and_not_its_hearing(config):
+    async def scenario(meeting: Meeting) -> None:
+        meeting.on_message.side_effect = KeyError("what failed")
+        link = await meeting.come(meeting.hello())
+        await meeting.met
+        link.send(OfRank(b"message"))
+        while not meeting.on_lost.called:
+            await asyncio.sleep(0.01)
+        assert "KeyError('what failed')" in meeting.on_lost.call_args.args[0]
+
+    run(config, scenario)
+
+
+def test_a_name_that_is_a_loopback_address_here_is_refused_before_others_look_for_it_in_vain(config, monkeypatch):
+    """Debian's /etc/hosts gives the machine's own name 127.0.1.1."""
+    port = config.args.dist_init_addr.split(":")[1]
+    looked_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **kwargs: looked_up("127.0.0.1", *args, **kwargs))
+
+    async def scenario(address: str) -> None:
+        meeting = Meeting(replace(config, args=replace(config.args, dist_init_addr=address)))
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(meeting.met, 0.5)
+        finally:
+            await meeting.nodes.stop(None, dump_stacks=False)
+
+    with pytest.raises(ConfigError, match=r"node-a is 127\.0\.0\.1 on this host, .*; give the address that they use"):
+        asyncio.run(scenario(f"node-a:{port}"))
+    asyncio.run(scenario(f"localhost:{port}"))  # all on one machine
 
 
 def test_once_all_are_there_nobody_else_can_connect(config):

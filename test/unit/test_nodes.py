@@ -1,7 +1,9 @@
 """Ranks on several hosts: which flags say so, which ranks are where, and what each has of its host."""
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from unittest.mock import Mock
@@ -180,6 +182,21 @@ def two_nodes(checkpoint):
 def test_a_node_that_does_not_come_in_time_is_named_by_its_ranks(two_nodes):
     with pytest.raises(CollectiveError, match=r"^joining group 'tp', rank 0: rank 1 did not arrive within 0.5 s$"):
         BetweenNodes(two_nodes(), rank=0).join("tp", "tp0", range(2))
+
+
+def test_hosts_may_load_for_longer_than_a_collective_may_take_but_not_than_a_start(two_nodes):
+    config = two_nodes()
+    config = replace(config, args=replace(config.args, dist_timeout=1.0, startup_timeout=20.0))
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(lambda rank: BetweenNodes(config, rank), range(2))
+        waiting = ranks.submit(first.wait_for_all, "loading weights")
+        time.sleep(1.2)
+        assert not waiting.done()
+        second.wait_for_all("loading weights")
+        waiting.result()
+        first._startup_timeout_s = 0.2
+        with pytest.raises(CollectiveError, match=r"^rank 1: measuring took longer than 0\.2 s$"):
+            first.wait_for_all("measuring")
 
 
 def test_where_rank_0_does_not_answer_the_error_says_so_with_its_address(two_nodes):

@@ -47,8 +47,14 @@ def difference(ours: dict[str, str], theirs: dict[str, str]) -> str | None:
     """The first one in words, `ours` being those of the first host."""
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
-            return f"{name} is {theirs.get(name)} there, and {ours.get(name)} on the first host"
+            here, there = ours.get(name), theirs.get(name)
+            return f"{shortened(name)} is {there and shortened(there)} there, and {here} on the first host"
     return None
+
+
+def shortened(theirs: str) -> str:
+    """As it may be logged, whoever said it."""
+    return theirs if theirs.isprintable() and len(theirs) <= _LONGEST else f"{theirs[:_LONGEST]!r}…"
 
 
 def _shown(value: object) -> str:

@@ -1,8 +1,9 @@
 """The other hosts of an engine, as the first one sees them."""
 
 import asyncio
+import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 import nibble
 from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import parse_dist_init_addr
-from nibble.config.shared_settings import difference, shared_settings
+from nibble.config.shared_settings import difference, shared_settings, shortened
 from nibble.ipc.node_link import (
     MAX_HELLO_BYTES,
     ForRank,
@@ -77,6 +78,7 @@ class Nodes:
                 f"--dist-init-addr {address}: can't listen there: {error.strerror}; it must be an address of the host "
                 "of --node-rank 0, with a free port"
             ) from error
+        self._check_reachable(host)
         self._start(self._keep_alive())
         while self.missing():
             logger.info("waiting for node %s at %s", ", ".join(map(str, self.missing())), address)
@@ -89,6 +91,16 @@ class Nodes:
         num_pages = None if None in pages else min(page for page in pages if page is not None)
         self._send_to_all(Welcome(self._config.random_seed, length, num_pages))
         return replace(self._config, context_length=length, num_pages=num_pages)
+
+    def _check_reachable(self, host: str) -> None:
+        """A host's own name is often an address in 127.0.0.0/8 to itself."""
+        assert self._server is not None
+        own = self._server.sockets[0].getsockname()[0]
+        if ipaddress.ip_address(own).is_loopback and host not in (own, "localhost"):
+            raise ConfigError(
+                f"--dist-init-addr {self._config.args.dist_init_addr}: {host} is {own} on this host, where no other "
+                "one reaches it; give the address that they use"
+            )
 
     def missing(self) -> list[int]:
         return [node for node in range(1, self._parallel.nnodes) if node not in self._links]
@@ -141,17 +153,18 @@ class Nodes:
 
     def _why_not_together(self, hello: Hello) -> str | None:
         if hello.version != nibble.__version__:
-            return f"it runs nibble {hello.version}, and the first host {nibble.__version__}"
+            return f"it runs nibble {shortened(hello.version)}, and the first host {nibble.__version__}"
         if (what := difference(self._settings, hello.settings)) is not None:
             return f"{what}; start all hosts with the same flags, but for --node-rank, on machines of one kind"
         return None
 
     async def _read(self, node: int, link: Link) -> None:
+        ranks = self._parallel.ranks_of_node(node)
         try:
             while True:
                 message = await link.receive(self._config.args.dist_timeout)
                 match message:
-                    case Steps():
+                    case Steps() if message.counts.keys() | message.states.keys() <= set(ranks):
                         self._steps |= message.counts
                         self._states |= message.states
                     case OfRank() if self._have_met:
@@ -177,5 +190,11 @@ class Nodes:
         for link in self._links.values():
             link.send(message)
 
-    def _start(self, work: Awaitable[None]) -> None:
-        self._tasks.add(asyncio.ensure_future(work))
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._on_task_end)
+        self._tasks.add(task)
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_lost(f"the link to the other hosts failed: {error!r}")

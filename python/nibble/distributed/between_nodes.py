@@ -7,8 +7,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import parse_dist_init_addr
-from nibble.distributed.communicator import CollectiveError
-from nibble.distributed.gloo import GlooCommunicator, open_store
+from nibble.distributed.communicator import CollectiveError, ranks_in_words
+from nibble.distributed.gloo import GlooCommunicator, open_store, ranks_without_word
 from nibble.utils.errors import ConfigError
 
 
@@ -20,7 +20,9 @@ class BetweenNodes:
 
         Raises CollectiveError if it does not, and ConfigError if --dist-init-addr is no address to meet at.
         """
-        address, self._timeout_s, self._rank = config.args.dist_init_addr, config.args.dist_timeout, rank
+        address, self._timeout_s = config.args.dist_init_addr, config.args.dist_timeout
+        self._rank, self._world_size = rank, config.parallel.world_size
+        self._startup_timeout_s = config.args.startup_timeout
         assert address is not None  # with several nodes
         host, port = parse_dist_init_addr(address)
         where = f"{f'[{host}]' if ':' in host else host}:{port + 1}"
@@ -38,6 +40,13 @@ class BetweenNodes:
                 f"rank {rank} does not reach rank 0 at {where} (--dist-init-addr, and the next port) within "
                 f"{self._timeout_s:g} s: {error}"
             ) from error
+
+    def wait_for_all(self, what: str) -> None:
+        """Returns when every rank of every host has called it with the same words, and waits as long as a start may
+        take: hosts load at different speeds. Raises CollectiveError.
+        """
+        if absent := ranks_without_word(self._store, what, self._rank, self._world_size, self._startup_timeout_s):
+            raise CollectiveError(f"{ranks_in_words(absent)}: {what} took longer than {self._startup_timeout_s:g} s")
 
     def join(self, name: str, address: str, members: Sequence[int]) -> GlooCommunicator:
         """The group of `members`; `address` is unique among the groups of all ranks."""

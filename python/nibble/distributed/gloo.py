@@ -64,7 +64,8 @@ class GlooCommunicator(Communicator):
                     store = open_store(store, rank, world_size, timeout_s)
                 options._devices = [ProcessGroupGloo.create_device(hostname=listen_address)]
                 self._store = PrefixStore(name, store)
-                if absent := self._peers_without_word("here", timeout_s):  # gloo would not say who it is
+                # gloo would not say who is missing.
+                if absent := ranks_without_word(self._store, "here", rank, world_size, timeout_s):
                     raise PeerError(f"{ranks_in_words(absent)} did not arrive within {timeout_s:g} s")
                 self._gloo = ProcessGroupGloo(self._store, rank, world_size, options)
         except PeerError as error:
@@ -149,20 +150,22 @@ class GlooCommunicator(Communicator):
             return ""  # while joining
         # The store goes with the rank that serves it, or no longer answers with the host that it is on.
         with suppress(RuntimeError, TimeoutError):
-            if silent := within(2 * NAMING_S, lambda: self._peers_without_word("failed", NAMING_S)):
+            words = self._store, "failed", self.rank, self.world_size, NAMING_S
+            if silent := within(2 * NAMING_S, lambda: ranks_without_word(*words)):
                 return f"; no word from {ranks_in_words(silent)}"
         return ""
 
-    def _peers_without_word(self, word: str, timeout_s: float) -> set[int]:
-        """Leaves a word of this rank at the store. Returns the peers that have not left theirs in time."""
-        self._store.set(f"{word}.{self.rank}", "")
-        words = {peer: f"{word}.{peer}" for peer in range(self.world_size) if peer != self.rank}
-        deadline = time.monotonic() + timeout_s
-        while not self._store.check(list(words.values())):  # one question for all: they may be many, and the store one
-            if time.monotonic() > deadline:
-                return {peer for peer, key in words.items() if not self._store.check([key])}
-            time.sleep(0.01)
-        return set()
+
+def ranks_without_word(store: Store, word: str, rank: int, world_size: int, timeout_s: float) -> set[int]:
+    """Leaves a word of this rank at the store. Returns those that have not left theirs in time."""
+    store.set(f"{word}.{rank}", "")
+    words = {peer: f"{word}.{peer}" for peer in range(world_size) if peer != rank}
+    deadline = time.monotonic() + timeout_s
+    while not store.check(list(words.values())):  # one question for all: they may be many, and the store one
+        if time.monotonic() > deadline:
+            return {peer for peer, key in words.items() if not store.check([key])}
+        time.sleep(0.01)
+    return set()
 
 
 def open_store(address: str, rank: int, world_size: int, timeout_s: float) -> Store:

@@ -48,6 +48,8 @@ class ParallelState:
     ep_size: int = 1
     peer_memory: "PeerMemory | None" = None
     """What carries the experts' rows between the ranks of `tp_group`; None leaves it to the group."""
+    between_nodes: "BetweenNodes | None" = None
+    """Where ranks of several hosts meet, if they do."""
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +95,7 @@ def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> Paral
         cpu_group=meeting.join_on_cpu("tp", tp),
         ep_size=sizes.ep_size,
         peer_memory=meeting.open_peer_memory("tp", tp) if config.moe_comm_backend == "peer" else None,
+        between_nodes=meeting.between_nodes if sizes.nnodes > 1 and sizes.groups_meet else None,
     )
 
 
@@ -164,7 +167,7 @@ class _Meeting:
         address = f"{name}{members[0]}"  # several groups of one kind meet at the same place
         parallel = self.config.parallel
         if len({parallel.node_of(member) for member in members}) > 1:
-            return self._between_nodes.join(name, address, members)
+            return self.between_nodes.join(name, address, members)
         if self.config.cpu_collectives == "gloo":
             from nibble.distributed.gloo import GlooCommunicator
 
@@ -176,7 +179,7 @@ class _Meeting:
         )
 
     @cached_property
-    def _between_nodes(self) -> "BetweenNodes":
+    def between_nodes(self) -> "BetweenNodes":
         """Opened with the first group that spans nodes, which every rank has if any does: that of all ranks."""
         from nibble.distributed.between_nodes import BetweenNodes
 

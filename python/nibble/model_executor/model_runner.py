@@ -41,6 +41,9 @@ class ModelRunner:
             self.device,
             self._shows_progress,
         )
+        if parallel.between_nodes is not None:
+            on_stage("waiting for other hosts to load")
+            parallel.between_nodes.wait_for_all("loading weights")
         self.future_tokens = (
             FutureTokens(config.args.max_running_requests, self.device) if config.overlap_schedule else None
         )
