@@ -129,8 +129,9 @@ def test_the_death_of_a_host_ends_the_others_and_every_client_is_told(tmp_path: 
                 next(stream)
                 (other.process if death == "of its process" else ranks_of(other)[0]).kill()
                 last = list(stream)[-1]
+            # Or what the other rank says of it, should that be first on a slow machine.
             expected = "node 1 is lost" if death == "of its process" else "rank 1 ended unexpectedly (exit code -9)"
-            assert expected in last["error"]["message"]
+            assert any(words in last["error"]["message"] for words in (expected, "no word from rank 1"))
             assert server.wait_for_exit() == 1
             other.wait_for_exit()
         wait_until_gone(ranks)
