@@ -69,6 +69,9 @@ def test_one_that_is_not_ready_to_answer_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_one_that_is_gone_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Whether its parent has noticed yet, or not."""
     with process(tmp_path / "written", AT_WORK["asleep"], tmp_path / "log") as child:
         child.kill()
+        assert not ask_for_stacks(child.pid, tmp_path / "written", SECONDS)
+        child.wait()
         assert not ask_for_stacks(child.pid, tmp_path / "written", SECONDS)

@@ -8,7 +8,7 @@ import msgspec
 from nibble.config.resolve import EngineConfig
 from nibble.config.server_args import flag_name
 
-_ONE_HOST_ONLY = frozenset({
+_EACH_HOSTS_OWN = frozenset({
     "node_rank", "model_path", "tokenizer_path", "cpu_threads", "cpu_binding", "mem_fraction_static",
     "log_level", "log_format",
 })  # fmt: skip
@@ -36,7 +36,7 @@ def shared_settings(config: EngineConfig) -> dict[str, str]:
     flags = {
         flag_name(entry.name): getattr(config.args, entry.name)
         for entry in dataclasses.fields(config.args)
-        if entry.name not in _ONE_HOST_ONLY | _FIRST_HOST_ONLY
+        if entry.name not in _EACH_HOSTS_OWN | _FIRST_HOST_ONLY
     }
     return {
         name: _shown(value) for name, value in (flags | {name: getattr(config, name) for name in _RESOLVED}).items()

@@ -376,7 +376,8 @@ class AsyncEngine:
         assert self._host is not None
         if self._host.has(rank):
             self._host.send(rank, encoded)
-        elif self._nodes is not None:
+        else:
+            assert self._nodes is not None
             self._nodes.send(rank, encoded)
 
     def _send_to_all(self, message: ToRank) -> None:

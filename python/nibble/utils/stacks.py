@@ -17,8 +17,8 @@ def write_stacks_on_signal(written: Path) -> None:
     Both from the C handlers of faulthandler and of Python, which need no interpreter that gets on. Main thread only.
     """
     signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    signal.set_wakeup_fd(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600))
     faulthandler.register(signal.SIGUSR1, chain=True)
+    signal.set_wakeup_fd(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600))
 
 
 def ask_for_stacks(pid: int, written: Path, timeout_s: float) -> bool:
@@ -29,8 +29,11 @@ def ask_for_stacks(pid: int, written: Path, timeout_s: float) -> bool:
     if not written.exists():
         return False
     before, deadline = written.stat().st_size, time.monotonic() + timeout_s
-    for number in (signal.SIGUSR1, signal.SIGCONT):
-        os.kill(pid, number)
+    try:
+        for number in (signal.SIGUSR1, signal.SIGCONT):
+            os.kill(pid, number)
+    except ProcessLookupError:
+        return False
     while written.stat().st_size == before:
         if time.monotonic() > deadline or not _runs(pid):
             return False
