@@ -11,6 +11,7 @@ from nibble.config.model_config import MlaConfig, ModelConfig
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch
 from nibble.layers.attention.cpu_backend import CpuAttentionBackend
+from nibble.layers.attention.graph_places import GraphPlacesMemory
 from nibble.layers.attention.torch_backend import TorchAttentionBackend
 
 HEADS, KV_HEADS, SIZE, PAGE = 4, 2, 16, 4
@@ -54,6 +55,27 @@ def keys_and_values(model: ModelConfig, length: int, generator: torch.Generator)
         return keys, keys[..., : model.mla.kv_lora_rank]
     shape = (length, KV_HEADS, SIZE)
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+lengths = st.lists(st.integers(1, 40), max_size=6)
+
+
+@given(st.lists(lengths, min_size=1, max_size=3), st.sampled_from([1, 4, 16]), st.randoms(use_true_random=False))
+def test_the_places_of_decoding_steps_are_those_of_the_batch_step_after_step(steps, page_size, random):
+    """Also in the memory that graphs of all sizes share, where those of larger steps lie around."""
+    memory = GraphPlacesMemory(torch.device("cpu"))
+    graphs = {rows: memory.places(rows, 40 * rows) for rows in range(6, -1, -1)}
+    for seq_lens in steps:
+        tables = [[random.randrange(1000) for _ in range(-(-length // page_size) + 1)] for length in seq_lens]
+        batch = AttentionBatch([1] * len(seq_lens), seq_lens, tables)
+        graph = graphs[len(seq_lens)]
+        graph.fill(batch.decoding_places(page_size))
+        first_pages, pages = batch.page_lists(page_size)
+        assert graph.seq_lens.tolist() == seq_lens
+        assert graph.last_lens.tolist() == [(length - 1) % page_size + 1 for length in seq_lens]
+        assert graph.first_pages.tolist() == first_pages
+        assert graph.pages[: len(pages)].tolist() == pages
+        assert graph.slots.tolist() == batch.slots(page_size)
 
 
 @pytest.mark.parametrize("make_backend", BACKENDS)

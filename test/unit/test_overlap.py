@@ -104,7 +104,7 @@ class Step:
             if row - 1 in self.batch.logit_rows:
                 self.token_ids.append(next_token([memory[slot] for slot in slots]))
         if self.slots:
-            self.device.future.store(self.slots, torch.tensor(self.token_ids))
+            self.device.future.store(torch.tensor(self.slots), torch.tensor(self.token_ids))
 
     def wait(self) -> list[SampledToken]:
         self.device.events.append(f"wait {self.number}")

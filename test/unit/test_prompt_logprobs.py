@@ -15,6 +15,7 @@ from nibble.distributed.communicator import SingleRankCommunicator
 from nibble.ipc.messages import NewRequest, TokenBatch, ToRank
 from nibble.model_executor.forward_batch import ForwardBatch
 from nibble.model_executor.future_tokens import FutureTokens
+from nibble.model_executor.model_runner import StepOutput
 from nibble.model_executor.sampler import Sampler
 from nibble.model_executor.step_executor import StepExecutor
 from nibble.sampling_params import SamplingParams
@@ -71,12 +72,14 @@ class Rank:
             raise Done
         return []
 
-    def forward(self, batch: ForwardBatch | None, sizes: Any, decodes_only: bool, logit_sizes: Any) -> Tensor:
+    def run_step(
+        self, batch: ForwardBatch | None, slots: Sequence[int], sizes: Any, decodes_only: bool, logit_sizes: Any
+    ) -> StepOutput:
         assert batch is not None and logit_sizes == (len(batch.logit_rows),)
         self.computed += len(batch.input_ids)
         input_ids = self.future_tokens.resolve(torch.tensor(batch.input_ids)).tolist()
         rows = [logits_at(batch.positions[row], input_ids[row]) for row in batch.logit_rows]
-        return torch.stack(rows) if rows else torch.empty(0, VOCAB)
+        return StepOutput(torch.stack(rows) if rows else torch.empty(0, VOCAB))
 
     def record_event(self) -> None:
         pass

@@ -143,6 +143,29 @@ def test_a_row_that_is_not_finite_fails_alone(logits):
     assert [token.token_id for token in result] == [best, None, best]
 
 
+def test_a_row_that_is_not_finite_may_want_log_probabilities(logits):
+    """They were looked up under token -1, which ended the rank."""
+    logits = torch.cat([logits, torch.full((1, VOCAB), float("nan"))])
+    rows = [row(temperature=temperature, top_logprobs=2) for temperature in (0, 0)]
+    for kind in (rows, [row(temperature=1, top_logprobs=2, logit_bias={4: 1.0}) for _ in range(2)]):
+        whole, failed = Sampler([EOS]).sample(logits, kind)
+        assert failed == (None, None)
+        assert whole.token_id is not None and whole.logprob.token_id == whole.token_id
+
+
+def test_tokens_that_a_graph_has_chosen_are_taken_as_they_are_and_others_do_not_overwrite_them(logits):
+    """The next step reads them where the graph has left them."""
+    logits = logits.repeat(3, 1)
+    greedy = torch.tensor([7, 8, -1])
+    sampler = Sampler([EOS])
+    assert sampler.launch(logits, [row(temperature=0)] * 3, greedy).token_ids is greedy
+    rows = [row(temperature=0), row(temperature=0, logit_bias={11: 100.0}), row(temperature=1)]
+    assert sampler.launch(logits, rows, greedy).token_ids.tolist() == [int(logits[0].argmax()), 11, -1]
+    rows = [row(temperature=0), row(temperature=1, top_k=1), row(temperature=1)]
+    assert sampler.launch(logits, rows, greedy).token_ids.tolist() == [7, int(logits[1].argmax()), -1]
+    assert greedy.tolist() == [7, 8, -1]
+
+
 def test_log_probabilities_are_the_models_own(logits):
     expected = logits[0].log_softmax(-1)
     (token,) = Sampler([EOS]).sample(logits, [row(temperature=2.0, logit_bias={7: 50.0}, top_logprobs=3)])

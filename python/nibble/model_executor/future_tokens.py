@@ -1,10 +1,6 @@
 """Tokens that the device has sampled and the host does not know yet, as input of the next step."""
 
-from collections.abc import Sequence
-
 import torch
-
-from nibble.utils.transfer import to_device
 
 
 def future_token(slot: int) -> int:
@@ -16,11 +12,13 @@ class FutureTokens:
     """The newest token of the request in each slot, on the device."""
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
-        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.no_slot = num_slots
+        """For rows whose token is not kept."""
+        self._tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
 
-    def store(self, slots: Sequence[int], token_ids: torch.Tensor) -> None:
-        """`token_ids [R]` are the newest of the requests in `slots`; a failed row's -1 becomes token 0."""
-        self._tokens[to_device(slots, self._tokens.device)] = token_ids.clamp(min=0)
+    def store(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """`token_ids [R]` are the newest of the requests in `slots` int64 [R]; a failed row's -1 becomes token 0."""
+        self._tokens[slots] = token_ids.clamp(min=0)
 
     def resolve(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids [T]` int64 with the tokens themselves in the place of what stands for them."""

@@ -1,13 +1,15 @@
 """Owns the model and the KV cache of one rank, and runs forward passes."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
 from nibble.config.resolve import DTYPE_BYTES, EngineConfig
 from nibble.distributed.parallel_state import ParallelState
+from nibble.kernels.select import select_kernels
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch, GraphAttentionBackend
 from nibble.layers.attention.registry import create_attention_backend
@@ -20,6 +22,9 @@ from nibble.models.registry import create_model
 from nibble.utils.dtypes import torch_dtype
 from nibble.utils.errors import ConfigError
 from nibble.utils.transfer import to_device
+
+MAX_STEPS_UNDER_WAY = 2
+"""One that the device runs, and the next."""
 
 
 class ModelRunner:
@@ -47,10 +52,12 @@ class ModelRunner:
         self.future_tokens = (
             FutureTokens(config.args.max_running_requests, self.device) if config.overlap_schedule else None
         )
-        self._inputs_copied = torch.cuda.Event() if self.device.type == "cuda" else None
+        on_gpu = self.device.type == "cuda"
+        self._inputs_copied = torch.cuda.Event() if on_gpu else None
+        self._step_ends = deque(torch.cuda.Event() for _ in range(MAX_STEPS_UNDER_WAY if on_gpu else 0))
         self._graphs: CudaGraphRunner | None = None
         num_pages = config.num_pages
-        if self.device.type == "cuda":
+        if on_gpu:
             on_stage("compiling kernels and measuring the largest step")
             activations = self._measure_largest_step()
             num_pages = num_pages or self._pages_that_fit(activations)
@@ -67,6 +74,7 @@ class ModelRunner:
                 config.cuda_graph_rows,
                 config.context_length,
                 self.future_tokens,
+                select_kernels(config.kernels, config.moe_kernel).argmax,
                 self._shows_progress,
             )
 
@@ -143,31 +151,52 @@ class ModelRunner:
         decodes_only: bool = False,
         global_num_logit_rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """fp32 logits `[len(logit_rows), vocab]`. Collective: all ranks call it, idle ones with None.
+        """The logits of `run_step`."""
+        return self.run_step(batch, (), global_num_tokens, decodes_only, global_num_logit_rows).logits
 
-        The sizes are the rows of every attention group, and how many of them need logits, by default all.
-        `decodes_only` says of the step on all ranks that every sequence has one row. The logits may be overwritten by
-        the next call. Raises CollectiveError if a peer fails; otherwise they may be read, where steps overlap once
-        the device has got there.
+    def run_step(
+        self,
+        batch: ForwardBatch | None,
+        slots: Sequence[int],
+        global_num_tokens: Sequence[int],
+        decodes_only: bool = False,
+        global_num_logit_rows: Sequence[int] | None = None,
+    ) -> "StepOutput":
+        """Collective: all ranks call it, idle ones with None.
+
+        `slots` are those of the rows that get a new token. The sizes are the rows of every attention group, and how
+        many of them need logits, by default all. `decodes_only` says of the step on all ranks that every sequence has
+        one row. The next call may overwrite the output. Raises CollectiveError if a peer fails; otherwise it may be
+        read, where steps overlap once the device has got there.
         """
         graph_rows = self._graphs.rows_for(max(global_num_tokens)) if self._graphs and decodes_only else None
         if self._graphs and graph_rows:
-            logits = _select(self._graphs.replay(graph_rows, batch), batch)
+            output = self._replay(self._graphs, graph_rows, batch, slots)
         else:
             sizes, logit_sizes = tuple(global_num_tokens), tuple(global_num_logit_rows or global_num_tokens)
             with dp_step(DpStep(self.parallel, sizes, logit_sizes)):
-                logits = self._forward(batch)
+                output = StepOutput(self._forward(batch))
         if self.future_tokens is None:
             self.synchronize(None)
-        return logits
+        return output
+
+    def _replay(
+        self, graphs: CudaGraphRunner, graph_rows: int, batch: ForwardBatch | None, slots: Sequence[int]
+    ) -> "StepOutput":
+        if batch is None or (len(slots) == len(batch.input_ids) and not batch.scored):
+            return StepOutput(*graphs.replay(graph_rows, batch, slots))
+        return StepOutput(_select(graphs.replay(graph_rows, batch).logits, batch))  # not every row gets a new token
 
     def record_event(self) -> torch.cuda.Event | None:
-        """The end of what the device has been given so far; None on a CPU, where it is done."""
-        if self.device.type == "cpu":
+        """The end of what the device has been given so far; None on a CPU, where it is done.
+
+        Of so many steps as can be under way each has its own event; who waits for an older one waits for a newer.
+        """
+        if not self._step_ends:
             return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
+        self._step_ends.rotate()
+        self._step_ends[0].record()
+        return self._step_ends[0]
 
     def synchronize(self, event: torch.cuda.Event | None) -> None:
         """Returns when everything before the event is done, or everything. Raises CollectiveError if a peer fails."""
@@ -191,6 +220,13 @@ class ModelRunner:
     def _input_ids(self, batch: ForwardBatch) -> torch.Tensor:
         input_ids = to_device(batch.input_ids, self.device)
         return input_ids if self.future_tokens is None else self.future_tokens.resolve(input_ids)
+
+
+class StepOutput(NamedTuple):
+    logits: torch.Tensor
+    """fp32 [len(logit_rows), vocab]."""
+    greedy: torch.Tensor | None = None
+    """int64 [len(logit_rows)], where a CUDA graph has found the likeliest tokens, and kept them for the next step."""
 
 
 def _select(rows: torch.Tensor, batch: ForwardBatch | None) -> torch.Tensor:

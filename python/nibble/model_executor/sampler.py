@@ -49,19 +49,25 @@ class Sampler:
         """What `launch` samples, once it is known."""
         return self.launch(logits, rows).tokens()
 
-    def launch(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> "SampledBatch":
-        """`logits [R, V]` fp32, one row a request. Log-probabilities are the model's own, before any change."""
-        tokens = self.argmax(logits)
-        is_finite = tokens >= 0
+    def launch(
+        self, logits: torch.Tensor, rows: Sequence[SamplingRow], greedy: torch.Tensor | None = None
+    ) -> "SampledBatch":
+        """`logits [R, V]` fp32, one row a request; `greedy` is their `argmax` where that is known, and is what becomes
+        the batch's tokens if all are chosen so. Log-probabilities are the model's own, before any change.
+        """
+        if greedy is None:
+            greedy = self.argmax(logits)
+        tokens = greedy
         adjusted = self._adjust(logits, rows)
-        if adjusted is not logits:
-            tokens = adjusted.argmax(dim=-1)
         drawn = [index for index, row in enumerate(rows) if row.sampling.temperature >= SMALLEST_TEMPERATURE]
-        if drawn:
-            chosen = to_device(drawn, logits.device)
-            tokens[chosen] = _draw(adjusted[chosen], [rows[index] for index in drawn])
+        if adjusted is not logits or drawn:
+            tokens = adjusted.argmax(dim=-1) if adjusted is not logits else greedy.clone()
+            if drawn:
+                chosen = to_device(drawn, logits.device)
+                tokens[chosen] = _draw(adjusted[chosen], [rows[index] for index in drawn])
+            tokens = tokens.where(greedy >= 0, -1)
         wanted = {index: row.logprobs for index, row in enumerate(rows) if row.logprobs is not None}
-        return SampledBatch(tokens, is_finite, list(wanted), _logprobs(logits, tokens, wanted))
+        return SampledBatch(tokens, list(wanted), _logprobs(logits, tokens, wanted))
 
     def _adjust(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         """Logit bias, penalties, the ban on early stops and grammars, for the rows that have any."""
@@ -129,8 +135,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 class SampledBatch:
     """What was sampled for R rows, as tensors that may not have been computed yet."""
 
-    token_ids: torch.Tensor  # [R] int64
-    is_finite: torch.Tensor  # [R] bool; of the others, `token_ids` means nothing
+    token_ids: torch.Tensor  # [R] int64, -1 where the logits are not finite
     logprob_rows: Sequence[int]
     """Those that want log-probabilities."""
     logprobs: Logprobs | None
@@ -138,7 +143,7 @@ class SampledBatch:
     def to_host(self) -> "SampledBatch":
         """Copied to the host in the order of the device's work, for which the host must wait before it looks."""
         logprobs = self.logprobs.to_host() if self.logprobs is not None else None
-        return SampledBatch(to_host(self.token_ids), to_host(self.is_finite), self.logprob_rows, logprobs)
+        return SampledBatch(to_host(self.token_ids), self.logprob_rows, logprobs)
 
     def tokens(self) -> list[SampledToken]:
         token_ids = self.token_ids.tolist()
@@ -147,8 +152,8 @@ class SampledBatch:
             found = self.logprobs.of_tokens([token_ids[row] for row in self.logprob_rows])
             logprobs = dict(zip(self.logprob_rows, found, strict=True))
         return [
-            SampledToken(token, logprobs.get(row)) if ok else SampledToken(None, None)
-            for row, (token, ok) in enumerate(zip(token_ids, self.is_finite.tolist(), strict=True))
+            SampledToken(token, logprobs.get(row)) if token >= 0 else SampledToken(None, None)
+            for row, token in enumerate(token_ids)
         ]
 
 
@@ -156,4 +161,4 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, wanted: Mapping[int, L
     if not wanted:
         return None
     index = to_device(list(wanted), logits.device)
-    return compute_logprobs(logits[index], tokens[index], list(wanted.values()))
+    return compute_logprobs(logits[index], tokens[index].clamp(min=0), list(wanted.values()))

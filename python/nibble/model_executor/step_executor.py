@@ -46,13 +46,14 @@ class StepExecutor:
         """Collective: all ranks call it, idle ones with no batch. `rows` are those of the batch that get a new token,
         and `slots` say where the next step finds it, if it does not wait.
         """
-        logits = self.runner.forward(batch, global_num_tokens, decodes_only, global_num_logit_rows)
+        logits, greedy = self.runner.run_step(batch, slots, global_num_tokens, decodes_only, global_num_logit_rows)
         scores = None
         if batch is not None and batch.scored:
             scores, logits = _score(logits, batch.scored)
-        sampled = self.sampler.launch(logits, rows) if rows else None
-        if sampled is not None and self.runner.future_tokens is not None:
-            self.runner.future_tokens.store(slots, sampled.token_ids)
+        sampled = self.sampler.launch(logits, rows, greedy) if rows else None
+        future = self.runner.future_tokens
+        if sampled is not None and sampled.token_ids is not greedy and future is not None:
+            future.store(to_device(slots, logits.device), sampled.token_ids)
         return LaunchedStep(self.runner, sampled, scores, () if batch is None else batch.scored)
 
 

@@ -5,6 +5,22 @@ from collections.abc import Sequence
 import torch
 
 
+class StagedTensor:
+    """A tensor on a device that the host fills anew for each step, with a single copy.
+
+    The host writes to `values`, but not before the copy of the last step has been made.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(size, dtype=dtype, device=device)
+        self._host = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+        self.values = self._host.numpy()  # the same memory
+
+    def send(self, count: int) -> None:
+        """Copies the first `count` values, in the order of the device's work."""
+        self.tensor[:count].copy_(self._host[:count], non_blocking=True)
+
+
 def to_device(
     values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from typing import Protocol
+from itertools import accumulate, chain, islice
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,29 @@ class AttentionBatch:
         counts = [-(-length // page_size) for length in self.seq_lens]
         tables = (table[:count] for table, count in zip(self.page_tables, counts, strict=True))
         return [0, *accumulate(counts)], list(chain.from_iterable(tables))
+
+    def decoding_places(self, page_size: int) -> "DecodingPlaces":
+        """Of a batch in which every sequence has one row."""
+        seq_lens = np.array(self.seq_lens, dtype=np.int32)
+        counts = -(-seq_lens // page_size)
+        first_pages = np.zeros(len(seq_lens) + 1, dtype=np.int32)
+        np.cumsum(counts, out=first_pages[1:])
+        pages = np.fromiter(
+            chain.from_iterable(map(islice, self.page_tables, counts.tolist())), np.int32, int(first_pages[-1])
+        )
+        last_lens = (seq_lens - 1) % page_size + 1
+        slots = pages[first_pages[1:] - 1].astype(np.int64) * page_size + last_lens - 1
+        return DecodingPlaces(seq_lens, first_pages, pages, last_lens, slots)
+
+
+class DecodingPlaces(NamedTuple):
+    """Where the tokens of B sequences lie, for kernels that read pages."""
+
+    seq_lens: NDArray[np.int32]  # [B]
+    first_pages: NDArray[np.int32]  # [B + 1], where the pages of each sequence begin, and end
+    pages: NDArray[np.int32]  # of all sequences
+    last_lens: NDArray[np.int32]  # [B], tokens in the last page of each
+    slots: NDArray[np.int64]  # [B], `AttentionBatch.slots`
 
 
 class AttentionStep(Protocol):

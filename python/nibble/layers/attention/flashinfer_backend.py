@@ -14,6 +14,7 @@ import torch
 from nibble.kernels.triton.kv_cache import store_kv
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch
+from nibble.layers.attention.graph_places import GraphPlaces, GraphPlacesMemory
 from nibble.utils.transfer import to_device
 
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends; partial results of sequences that are shared out
@@ -42,37 +43,31 @@ class FlashInferBackend:
         self._make_decode = partial(BatchDecodeWithPagedKVCacheWrapper, workspace, "NHD", use_tensor_cores=True)
         self._decode = self._make_decode()
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        self._graph_pages = torch.empty(0, dtype=torch.int32, device=pool.device)
+        self._graph_places = GraphPlacesMemory(pool.device)
 
     def plan(self, batch: AttentionBatch) -> "FlashInferStep":
         slots = to_device(batch.slots(self.pool.page_size), self.pool.device)
         if max(batch.query_lens) == 1:
-            self.plan_decode(self._decode, batch)
+            self._decode.plan(*self._pages(batch), head_dim=self._head_dim, **self._shape)
             return FlashInferStep(self.pool, self._decode, slots)
         first_queries = int32([0, *accumulate(batch.query_lens)])
         self._prefill.plan(first_queries, *self._pages(batch), head_dim_qk=self._head_dim, causal=True, **self._shape)
         return FlashInferStep(self.pool, self._prefill, slots)
 
     def graph_step(self, rows: int, max_pages: int) -> "FlashInferGraphStep":
-        """All graphs share the list of pages, so each is planned right before it is replayed."""
-        if self._graph_pages.numel() < max_pages:
-            self._graph_pages = torch.empty(max_pages, dtype=torch.int32, device=self.pool.device)
+        places = self._graph_places.places(rows, max_pages)
         wrapper = self._make_decode(
             use_cuda_graph=True,
-            paged_kv_indptr_buffer=self._graph_pages.new_empty(rows + 1),
-            paged_kv_indices_buffer=self._graph_pages,
-            paged_kv_last_page_len_buffer=self._graph_pages.new_empty(rows),
+            paged_kv_indptr_buffer=places.first_pages,
+            paged_kv_indices_buffer=places.pages,
+            paged_kv_last_page_len_buffer=places.last_lens,
         )
-        return FlashInferGraphStep(self, wrapper, rows)
-
-    def plan_decode(self, wrapper: Any, batch: AttentionBatch) -> None:
-        wrapper.plan(*self._pages(batch), head_dim=self._head_dim, **self._shape)
+        return FlashInferGraphStep(self.pool, wrapper, places, {"head_dim": self._head_dim, **self._shape})
 
     def _pages(self, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The batch's page lists, and the tokens in the last page of each sequence [B].
 
-        All on the host, where FlashInfer plans, but the pages themselves: to copy these for a CUDA graph it would wait
-        for the device.
+        All on the host, where FlashInfer plans, but the pages themselves, which it has no use for there.
         """
         size = self.pool.page_size
         first_pages, pages = batch.page_lists(size)
@@ -91,12 +86,31 @@ class FlashInferStep:
 
 
 class FlashInferGraphStep(FlashInferStep):
-    """Decoding steps of `rows` sequences, whose pages and slots are copied to where the graph reads them."""
+    """Decoding steps of a fixed number of sequences, whose places lie where the graph reads them."""
 
-    def __init__(self, backend: FlashInferBackend, wrapper: Any, rows: int) -> None:
-        super().__init__(backend.pool, wrapper, torch.zeros(rows, dtype=torch.int64, device=backend.pool.device))
-        self._backend = backend
+    def __init__(self, pool: KvCachePool, wrapper: Any, places: GraphPlaces, shape: dict[str, Any]) -> None:
+        super().__init__(pool, wrapper, places.slots)
+        self._places, self._shape = places, shape
+        self._is_first = True
 
     def plan(self, batch: AttentionBatch) -> None:
-        self._backend.plan_decode(self.wrapper, batch)
-        self.slots.copy_(torch.tensor(batch.slots(self.pool.page_size)), non_blocking=True)
+        """FlashInfer's own `plan` looks at every sequence in Python, and copies what is there already; it is needed
+        once, since it chooses the kernel.
+        """
+        from flashinfer.decode import fast_decode_plan  # type: ignore[import-not-found]
+
+        places = batch.decoding_places(self.pool.page_size)
+        self._places.fill(places)
+        first_pages, last_lens = torch.from_numpy(places.first_pages), torch.from_numpy(places.last_lens)
+        if self._is_first:
+            self.wrapper.plan(first_pages, self._places.pages, last_lens, **self._shape)
+            self._is_first = False
+        else:
+            fast_decode_plan(
+                self.wrapper,
+                first_pages,
+                self._places.pages,
+                last_lens,
+                **self._shape,
+                global_override_indptr_cpu=first_pages,
+            )

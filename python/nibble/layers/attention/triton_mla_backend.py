@@ -8,6 +8,7 @@ import torch
 from nibble.kernels.triton.latent_attention import latent_decode
 from nibble.kv_cache.pool import KvCachePool
 from nibble.layers.attention.backend import AttentionBatch, AttentionStep
+from nibble.layers.attention.graph_places import GraphPlaces, GraphPlacesMemory
 from nibble.layers.attention.torch_backend import TorchAttentionBackend
 from nibble.utils.transfer import to_device
 
@@ -16,7 +17,7 @@ class TritonMlaBackend:
     def __init__(self, pool: KvCachePool, kv_lora_rank: int, softmax_scale: float) -> None:
         self.pool, self.kv_lora_rank, self.softmax_scale = pool, kv_lora_rank, softmax_scale
         self._prompts = TorchAttentionBackend(pool, softmax_scale)
-        self._graph_pages = torch.empty(0, dtype=torch.int32, device=pool.device)
+        self._graph_places = GraphPlacesMemory(pool.device)
 
     def plan(self, batch: AttentionBatch) -> AttentionStep:
         if max(batch.query_lens) > 1:
@@ -29,12 +30,7 @@ class TritonMlaBackend:
         return TritonMlaStep(self, first_pages, pages, seq_lens, to_device(batch.slots(self.pool.page_size), device))
 
     def graph_step(self, rows: int, max_pages: int) -> "TritonMlaGraphStep":
-        """All graphs share the list of pages, so each is planned right before it is replayed."""
-        if self._graph_pages.numel() < max_pages:
-            self._graph_pages = self._graph_pages.new_zeros(max_pages)
-        pages = self._graph_pages
-        slots = torch.zeros(rows, dtype=torch.int64, device=pages.device)
-        return TritonMlaGraphStep(self, pages.new_zeros(rows + 1), pages, pages.new_ones(rows), slots)
+        return TritonMlaGraphStep(self, self._graph_places.places(rows, max_pages))
 
 
 class TritonMlaStep:
@@ -66,15 +62,11 @@ class TritonMlaStep:
 
 
 class TritonMlaGraphStep(TritonMlaStep):
-    """Decoding steps of a fixed number of sequences, whose places are copied to where the graph reads them."""
+    """Decoding steps of a fixed number of sequences, whose places lie where the graph reads them."""
+
+    def __init__(self, backend: TritonMlaBackend, places: GraphPlaces) -> None:
+        super().__init__(backend, places.first_pages, places.pages, places.seq_lens, places.slots)
+        self._places = places
 
     def plan(self, batch: AttentionBatch) -> None:
-        page_size = self.backend.pool.page_size
-        first_pages, pages = batch.page_lists(page_size)
-        for tensor, values in (
-            (self.first_pages, first_pages),
-            (self.pages[: len(pages)], pages),
-            (self.seq_lens, batch.seq_lens),
-            (self.slots, batch.slots(page_size)),
-        ):
-            tensor.copy_(to_device(values, tensor.device, tensor.dtype))
+        self._places.fill(batch.decoding_places(self.backend.pool.page_size))
