@@ -13,9 +13,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -64,14 +63,7 @@ def measure_transformers(folder: Path, dtype: torch.dtype, new_tokens: int, repe
     return rates
 
 
-def measure_engine(
-    model_path: Path,
-    ranks: int,
-    new_tokens: int,
-    repeats: int,
-    concurrency: Sequence[int] = CONCURRENCY,
-    **flags: Any,
-) -> dict[int, float]:
+def measure_engine(model_path: Path, ranks: int, new_tokens: int, repeats: int) -> dict[int, float]:
     rates = {}
     with nibble.Engine(
         model_path=str(model_path),
@@ -82,10 +74,9 @@ def measure_engine(
         enable_flashinfer_cutlass_moe=True,
         disable_radix_cache=True,  # every repetition computes its prompts, as transformers does
         log_level="warning",
-        **flags,
     ) as engine:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        for count in concurrency:
+        for count in CONCURRENCY:
             batch = prompts(count, engine.config.model.vocab_size)
 
             def run(batch: list[list[int]] = batch) -> None:

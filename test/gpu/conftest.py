@@ -15,13 +15,14 @@ import torch
 from gpu_lock import GpuLock
 
 COMPILERS_SECONDS = 400
-PROCESSES = (
+LATER = (
     "test_peer_memory.py", "test_pynccl.py", "test_splits_gpu.py",
-    "test_cuda_graphs.py", "test_engine_gpu.py", "test_overlap_gpu.py", "test_missing_ranks.py",
+    "test_flashinfer_norms.py", "test_flashinfer_attention.py", "test_deepseek_gpu.py", "test_launches_gpu.py",
+    "test_cuda_graphs.py", "test_engine_gpu.py", "test_overlap_gpu.py", "test_memory_given_back.py",
+    "test_missing_ranks.py",
 )  # fmt: skip
-"""Those that start processes which share the GPU, in this order, after those that use it in pytest's own process.
-
-A kernel that ends badly in one of them would take pytest's own use of the GPU with it.
+"""They come after all others, in this order. Those behind the first line need FlashInfer, whose compilers take minutes
+that the first line fills. Who leaves kernels behind on purpose comes last.
 """
 
 
@@ -42,11 +43,9 @@ def needs_flashinfer(item: pytest.Item) -> bool:
     return "flashinfer" in getattr(item, "fixturenames", ())
 
 
-def place(item: pytest.Item) -> tuple[int, bool]:
+def place(item: pytest.Item) -> int:
     """Where it comes. Sorting keeps the order of equal ones."""
-    if item.path.name in PROCESSES:
-        return 1 + PROCESSES.index(item.path.name), False
-    return 0, needs_flashinfer(item)
+    return 1 + LATER.index(item.path.name) if item.path.name in LATER else 0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 
 import pynccl_ranks as on_rank
-from gpu_lock import GpuLock
 from gpu_ranks import gpu_ranks
 from rank_processes import RankProcesses
 
@@ -95,12 +94,3 @@ def test_wrong_arguments_are_refused_by_name_before_anything_is_launched(ranks: 
     ]
     assert len(messages) == len(reasons)
     assert all(re.match(reason, message) for reason, message in zip(reasons, messages, strict=True))
-
-
-@pytest.mark.usefixtures("flashinfer")  # whose compilers take memory
-def test_a_group_that_is_closed_gives_its_memory_back(ranks: RankProcesses, gpu_lock: GpuLock) -> None:
-    if ranks.world_size != 4:
-        pytest.skip("one number of ranks is enough")
-    gpu_lock.alone()
-    used, *_ = ranks.run(on_rank.used_memory_after_rejoining, times=4)
-    assert used[3] - used[1] < 16, f"MiB in use: {used}"
