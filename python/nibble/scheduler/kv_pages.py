@@ -1,5 +1,7 @@
 """Who owns which KV page of one rank."""
 
+from array import array
+
 from nibble.kv_cache.allocator import PageAllocator
 from nibble.kv_cache.radix_cache import PrefixMatch, RadixCache, encode_tokens
 from nibble.scheduler.request import Request
@@ -37,7 +39,8 @@ class KvPages:
 
     def admit(self, request: Request) -> None:
         """The request takes what is cached of its tokens; they need not be computed."""
-        request.prefix, request.pages = self.cache.acquire(request.reusable_tokens)
+        request.prefix, pages = self.cache.acquire(request.reusable_tokens)
+        request.pages = array("i", pages)
         request.reusable_tokens = b""
         request.num_shared = len(request.pages)
         request.num_computed = request.num_shared * self.page_size
@@ -52,7 +55,7 @@ class KvPages:
             to_evict = missing - self.allocator.num_free
             if to_evict > 0:
                 self.allocator.free(self.cache.evict(to_evict))
-            request.pages += self.allocator.allocate(missing)
+            request.pages.extend(self.allocator.allocate(missing))
 
     def share(self, request: Request, num_tokens: int) -> None:
         """Caches the full pages of a request's first tokens. Where the same tokens are cached already, it takes those.
@@ -65,7 +68,7 @@ class KvPages:
         tokens = encode_tokens(request.token_ids[first * self.page_size : last * self.page_size])
         own = request.pages[first:last]
         request.prefix, cached = self.cache.extend(request.prefix, tokens, own)
-        request.pages[first:last] = cached
+        request.pages[first:last] = array("i", cached)
         request.num_shared = last
         self.allocator.free(mine for mine, shared in zip(own, cached, strict=True) if mine != shared)
 
@@ -83,7 +86,7 @@ class KvPages:
             self._dirty += own
         self.allocator.free(own)
         self.cache.release(request.prefix)
-        request.prefix, request.pages, request.num_shared, request.num_computed = None, [], 0, 0
+        request.prefix, request.pages, request.num_shared, request.num_computed = None, array("i"), 0, 0
 
     def flush(self) -> None:
         """Forgets every cached page that no request holds."""

@@ -1,5 +1,7 @@
 """A request as its rank sees it."""
 
+from array import array
+
 from nibble.generation import FinishReason, TokenLogprob
 from nibble.ipc.messages import NewRequest
 from nibble.kv_cache.radix_cache import Node
@@ -53,7 +55,7 @@ class Request:
         """Whether its first token has been sent."""
         self.prompt_scores = PromptScores(message.logprob_start_len, self.prompt_length, wanted)
         self.num_computed = 0
-        self.pages: list[int] = []
+        self.pages = array("i")
         self.num_shared = 0
         """The first so many of `pages` belong to the prefix cache."""
         self.prefix: Node | None = None
