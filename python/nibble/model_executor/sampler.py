@@ -63,7 +63,7 @@ class Sampler:
         if adjusted is not logits or drawn:
             tokens = adjusted.argmax(dim=-1) if adjusted is not logits else greedy.clone()
             if drawn:
-                chosen = to_device(drawn, logits.device)
+                chosen = slice(None) if len(drawn) == len(rows) else to_device(drawn, logits.device)
                 tokens[chosen] = _draw(adjusted[chosen], [rows[index] for index in drawn])
             tokens = tokens.where(greedy >= 0, -1)
         wanted = {index: row.logprobs for index, row in enumerate(rows) if row.logprobs is not None}
@@ -117,17 +117,13 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Random tokens `[R]` for rows with a temperature."""
     sampling = [row.sampling for row in rows]
     vocab_size = logits.shape[1]
-    device = logits.device
-    logits = logits / to_device([s.temperature for s in sampling], device, torch.float32)[:, None]
+    integers = [(r.seed, r.num_generated, r.sampling.top_k if r.sampling.top_k > 0 else vocab_size) for r in rows]
+    fractions = [(s.temperature, s.top_p, s.min_p) for s in sampling]
+    seeds, positions, top_k = to_device(integers, logits.device).unbind(1)
+    temperature, top_p, min_p = to_device(fractions, logits.device, torch.float32).unbind(1)
+    logits = logits / temperature[:, None]
     if any(s.top_k != -1 or s.top_p < 1 or s.min_p > 0 for s in sampling):
-        logits = filter_logits(
-            logits,
-            to_device([s.top_k if s.top_k > 0 else vocab_size for s in sampling], device),
-            to_device([s.top_p for s in sampling], device, torch.float32),
-            to_device([s.min_p for s in sampling], device, torch.float32),
-        )
-    seeds = to_device([row.seed for row in rows], device)
-    positions = to_device([row.num_generated for row in rows], device)
+        logits = filter_logits(logits, top_k, top_p, min_p)
     return gumbel_argmax(logits, seeds, positions)
 
 

@@ -22,7 +22,7 @@ class StagedTensor:
 
 
 def to_device(
-    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+    values: Sequence[int | float | tuple[float, ...]], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
     """`torch.tensor` on the device, which by itself would wait for all work that the GPU has been given before."""
     tensor = torch.tensor(values, dtype=dtype)
