@@ -24,14 +24,15 @@ from nibble.kernels.triton.latent import rope_latent
 from nibble.kernels.triton.latent_attention import latent_decode
 from nibble.kernels.triton.moe_routing import choose_assign_tiles
 from nibble.kernels.triton.norm import qk_norm_rope
-from nibble.kernels.triton.peer_combine import peer_combine
-from nibble.kernels.triton.peer_dispatch import peer_dispatch
+from nibble.kernels.triton.peer_combine import peer_combine, sum_over_hosts
+from nibble.kernels.triton.peer_dispatch import peer_dispatch, peer_store
 from nibble.kernels.triton.topk import grouped_topk, topk_softmax
 from nibble.kernels.triton.wire_row import quantize_pack, unpack
 
 COVERAGES = ("kernels", "choices", "sizes")
 """Each kernel; each with every choice that depends on the number of rows; all that of two models, and in fp32."""
 WORLD_SIZE = 8
+NUM_HOSTS = 2
 FEW_ROWS, MANY_ROWS = 4, 8192
 
 
@@ -160,6 +161,16 @@ def launch_peer_memory(moe: Moe) -> None:
             peer_memory._why_out_of_reach(memory)
         peer_dispatch(memory, *routed_rows(moe, FEW_ROWS), sizes)
         peer_combine(memory, sizes)
+    launch_peer_memory_of_hosts(moe, row_bytes)
+
+
+def launch_peer_memory_of_hosts(moe: Moe, row_bytes: int) -> None:
+    sizes = [FEW_ROWS] * NUM_HOSTS * WORLD_SIZE
+    for fp8_partial in (False, True):
+        layout = SegmentLayout(sum(sizes), row_bytes, moe.hidden_size, fp8_partial)
+        memory = peer_memory_cases.ranks_of_one_process(WORLD_SIZE, layout)[0]
+        peer_store(memory, uint8(NUM_HOSTS * FEW_ROWS, row_bytes), sizes)
+        sum_over_hosts(peer_combine(memory, sizes).to("meta"), NUM_HOSTS)
 
 
 def launch_latent_attention(choices: bool) -> None:

@@ -54,6 +54,10 @@ class ParallelConfig:
         """Which of the equal shares of its host a rank gets: of GPUs, of cores."""
         return rank % self.ranks_per_node
 
+    def rail(self, rank: int) -> range:
+        """The ranks that have this one's place on each node."""
+        return range(self.index_on_node(rank), self.world_size, self.ranks_per_node)
+
     def dp_rank(self, rank: int) -> int:
         return rank // self.attn_tp_size
 

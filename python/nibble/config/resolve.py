@@ -151,7 +151,8 @@ class EngineConfig:
         if self.moe_comm_backend is None:
             return []
         if self.moe_comm_backend == "peer":
-            return ["rows to the experts and back: through peer memory, if every rank can reach that of all others"]
+            words = "rows to the experts and back: through peer memory, if every rank can reach that of all others"
+            return [words + (" of its host, and nccl between hosts" if self.parallel.nnodes > 1 else "")]
         return ["rows to the experts and back: nccl" + (f" ({self.no_peer_memory})" if self.no_peer_memory else "")]
 
     def _moe_combine_in_words(self) -> list[str]:
@@ -402,8 +403,8 @@ def _resolve_moe_comm_backend(
             raise ConfigError(f"--moe-comm-backend {asked}: {nothing_travels}; leave it out")
         return None, None
     no_peer_memory = None
-    if parallel.nnodes > 1:
-        no_peer_memory = f"peer memory reaches the ranks of one host, and there are {parallel.nnodes} nodes"
+    if parallel.ranks_per_node == 1:
+        no_peer_memory = "peer memory reaches the ranks of one host, and every node has one rank"
     elif parallel.attn_tp_size > 1 or parallel.moe_tp_size > 1:
         no_peer_memory = (
             f"peer memory needs dp-size = ep-size = tp-size, not {parallel.dp_size}, {parallel.ep_size} and "

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -47,7 +47,11 @@ class ParallelState:
     cpu_group: Communicator
     ep_size: int = 1
     peer_memory: "PeerMemory | None" = None
-    """What carries the experts' rows between the ranks of `tp_group`; None leaves it to the group."""
+    """What carries the experts' rows between the ranks of `tp_group`, or those of this host; None leaves it to the
+    group.
+    """
+    rail_group: Communicator | None = None
+    """Beside `peer_memory` of one of several hosts: the ranks that have this rank's place on each of them."""
     between_nodes: "BetweenNodes | None" = None
     """Where ranks of several hosts meet, if they do."""
 
@@ -86,7 +90,7 @@ def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> Paral
     else:
         tp, dp = attn_tp, alone
     meeting = _Meeting(config, rank, run_dir)
-    return ParallelState(
+    state = ParallelState(
         rank,
         tp_group=meeting.join("tp", tp),
         attn_tp_group=meeting.join("attn_tp", attn_tp),
@@ -94,9 +98,13 @@ def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> Paral
         dp_group=meeting.join("dp", dp),
         cpu_group=meeting.join_on_cpu("tp", tp),
         ep_size=sizes.ep_size,
-        peer_memory=meeting.open_peer_memory("tp", tp) if config.moe_comm_backend == "peer" else None,
         between_nodes=meeting.between_nodes if sizes.nnodes > 1 and sizes.groups_meet else None,
     )
+    memory = meeting.open_peer_memory("tp", tp) if config.moe_comm_backend == "peer" else None
+    if memory is None:
+        return state
+    rail = meeting.join("rail", sizes.rail(rank)) if sizes.nnodes > 1 else None
+    return replace(state, peer_memory=memory, rail_group=rail)
 
 
 def moe_comm_backend(config: EngineConfig, state: ParallelState) -> str | None:
@@ -134,13 +142,26 @@ class _Meeting:
         return self._on_cpu[key]
 
     def open_peer_memory(self, name: str, members: Sequence[int]) -> "PeerMemory | None":
-        """That of `members`, watched by their group on the GPU; None if --moe-comm-backend auto has to do without."""
-        from nibble.distributed.peer_memory import PeerMemoryUnavailable, open_peer_memory, segment_layout
+        """That of `members`, or of those on this host, watched by their group on the GPU; None if --moe-comm-backend
+        auto has to do without, on all hosts alike.
+        """
+        from nibble.distributed.peer_memory import (
+            PeerMemoryUnavailable,
+            open_peer_memory,
+            open_peer_memory_of_hosts,
+            segment_layout,
+        )
 
         group, args = cast("PyNcclCommunicator", self.join(name, members)), self.config.args
+        parallel = self.config.parallel
         layout, patience_s = segment_layout(self.config), PEER_PATIENCE * args.dist_timeout
+        on_cpu = self.join_on_cpu(name, members)
         try:
-            memory = open_peer_memory(self.join_on_cpu(name, members), group.device, layout, patience_s)
+            if parallel.nnodes == 1:
+                memory = open_peer_memory(on_cpu, group.device, layout, patience_s)
+            else:
+                host = self.join_on_cpu("host", parallel.ranks_of_node(parallel.node_of(self.rank)))
+                memory = open_peer_memory_of_hosts(host, on_cpu, group.device, layout, patience_s)
         except PeerMemoryUnavailable as error:
             if args.moe_comm_backend == "peer":
                 raise ConfigError(f"--moe-comm-backend peer: {error}; use nccl or auto") from error
@@ -148,7 +169,9 @@ class _Meeting:
                 logger.warning("rows go to the experts and back through NCCL; no peer memory: %s", error)
             return None
         if self.rank == 0:
-            logger.info("peer memory: %d MiB a rank, for steps of %d rows", layout.num_bytes >> 20, layout.max_rows)
+            where = "" if parallel.nnodes == 1 else " inside each host, and NCCL between them"
+            size = layout.num_bytes >> 20
+            logger.info("peer memory%s: %d MiB a rank, for steps of %d rows", where, size, layout.max_rows)
         group.watch(memory.raise_failure)
         return memory
 

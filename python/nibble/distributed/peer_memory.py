@@ -1,5 +1,7 @@
 """Memory of every rank that all ranks of the host read and write: what dispatch and combine go through without NCCL.
 
+Where the ranks of a model are on several hosts, "all ranks" are here those of one of them.
+
 A rank owns one segment: a header for meeting the others (`kernels/triton/peer_sync.py`), then the rows that all ranks
 bring to it, then its partial results, which all ranks read. docs/peer_memory.md says why nobody writes what somebody
 still reads.
@@ -41,7 +43,7 @@ class PeerMemoryUnavailable(Exception):
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """Where things are in a segment, for at most `max_rows` rows of all ranks in one step."""
+    """Where things are in a segment, for at most `max_rows` rows of all ranks of all hosts in one step."""
 
     max_rows: int
     row_bytes: int
@@ -73,7 +75,7 @@ def segment_layout(config: EngineConfig) -> SegmentLayout:
 
 
 class PeerMemory:
-    """This rank's segment, and where the segments of all ranks are mapped."""
+    """This rank's segment, and where the segments of all ranks are mapped. Ranks are counted from this host's first."""
 
     def __init__(
         self,
@@ -82,14 +84,15 @@ class PeerMemory:
         segment: Tensor,
         addresses: Sequence[int],
         timeout_s: float,
+        first_rank: int = 0,
     ) -> None:
         """`segment` is uint8 [layout.num_bytes], its header zero; `addresses` are those of all segments, by rank.
 
-        A kernel waits at most `timeout_s` for the others.
+        A kernel waits at most `timeout_s` for the others. What is said of ranks names this host's first `first_rank`.
         """
         assert len(addresses) <= MAX_RANKS
         device = segment.device
-        self.rank, self.world_size = rank, len(addresses)
+        self.rank, self.world_size, self.first_rank = rank, len(addresses), first_rank
         self.layout, self.segment = layout, segment
         self._failure = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.set_timeout(timeout_s)
@@ -127,7 +130,7 @@ class PeerMemory:
         """Raises PeerError, with the ranks by name, if some did not come in time. Waits for nothing."""
         missing = int(self._failure.item())
         if missing:
-            ranks = ", ".join(str(rank) for rank in range(self.world_size) if missing >> rank & 1)
+            ranks = ", ".join(str(self.first_rank + rank) for rank in range(self.world_size) if missing >> rank & 1)
             raise PeerError(
                 f"rank {ranks} did not arrive within {self.timeout_s:g} s in a dispatch or combine through peer memory"
             )
@@ -154,21 +157,48 @@ def open_peer_memory(
     Raises PeerMemoryUnavailable, on all ranks alike, if one of them cannot reach another's memory, which each tries
     by writing into every segment, reading from it, and a round as dispatch and combine make it.
     """
+    return _open(cpu_group, device, layout, timeout_s, first_rank=0)
+
+
+def open_peer_memory_of_hosts(
+    cpu_group: Communicator, all_hosts: Communicator, device: torch.device, layout: SegmentLayout, timeout_s: float
+) -> PeerMemory:
+    """That of the ranks of this host, `cpu_group`, if every host can open its own; otherwise all hosts do without.
+
+    `all_hosts`: the ranks of all hosts, on the CPU, host by host in the order of `cpu_group`.
+    """
+    with ExitStack() as teardown:
+        memory, failure = None, ""
+        try:
+            memory = _open(cpu_group, device, layout, timeout_s, all_hosts.rank - cpu_group.rank)
+            teardown.callback(memory.close)
+        except PeerMemoryUnavailable as error:
+            failure = str(error)
+        if found := _first_failure(all_hosts, failure):
+            raise PeerMemoryUnavailable(found[1])
+        teardown.pop_all()
+    assert memory is not None
+    return memory
+
+
+def _open(
+    cpu_group: Communicator, device: torch.device, layout: SegmentLayout, timeout_s: float, first_rank: int
+) -> PeerMemory:
     if cpu_group.world_size > MAX_RANKS:
         raise PeerMemoryUnavailable(f"{cpu_group.world_size} ranks are more than the {MAX_RANKS} that it is made for")
     with ExitStack() as teardown:
-        cuda, own, handle = _allocate(cpu_group, device, layout.num_bytes, teardown)
+        cuda, own, handle = _allocate(cpu_group, first_rank, device, layout.num_bytes, teardown)
         teardown.callback(_wait_for_all, cpu_group)  # before this rank frees what others map
-        addresses = _map_all(cpu_group, cuda, own, handle, teardown)
+        addresses = _map_all(cpu_group, first_rank, cuda, own, handle, teardown)
         segment = as_tensor(own, layout.num_bytes, device)
-        memory = PeerMemory(cpu_group.rank, layout, segment, addresses, timeout_s)
+        memory = PeerMemory(cpu_group.rank, layout, segment, addresses, timeout_s, first_rank)
         _try_out(cpu_group, memory)
         memory.teardown.push(teardown.pop_all())
     return memory
 
 
 def _allocate(
-    cpu_group: Communicator, device: torch.device, num_bytes: int, teardown: ExitStack
+    cpu_group: Communicator, first_rank: int, device: torch.device, num_bytes: int, teardown: ExitStack
 ) -> tuple[CudaIpc, int, Tensor]:
     """The driver, the address of this rank's segment, its header zero, and its handle as bytes."""
     cuda, own, handle, failure = None, 0, bytes(HANDLE_BYTES), ""
@@ -181,12 +211,14 @@ def _allocate(
         torch.cuda.synchronize(device)
     except (CudaIpcError, RuntimeError) as error:
         failure = str(error)
-    _agree(cpu_group, failure)
+    _agree(cpu_group, first_rank, failure)
     assert cuda is not None
     return cuda, own, torch.frombuffer(bytearray(handle), dtype=torch.uint8)
 
 
-def _map_all(cpu_group: Communicator, cuda: CudaIpc, own: int, handle: Tensor, teardown: ExitStack) -> list[int]:
+def _map_all(
+    cpu_group: Communicator, first_rank: int, cuda: CudaIpc, own: int, handle: Tensor, teardown: ExitStack
+) -> list[int]:
     """The addresses of all segments, by rank."""
     handles = cpu_group.all_gather(handle.view(1, HANDLE_BYTES))
     addresses, failure = [], ""
@@ -198,9 +230,9 @@ def _map_all(cpu_group: Communicator, cuda: CudaIpc, own: int, handle: Tensor, t
             addresses.append(cuda.open(bytes(handles[rank].tolist())))
             teardown.callback(cuda.close, addresses[-1])
         except CudaIpcError as error:
-            failure = f"the memory of rank {rank} cannot be mapped: {error}"
+            failure = f"the memory of rank {first_rank + rank} cannot be mapped: {error}"
             break
-    _agree(cpu_group, failure)
+    _agree(cpu_group, first_rank, failure)
     return addresses
 
 
@@ -209,7 +241,7 @@ def _try_out(cpu_group: Communicator, memory: PeerMemory) -> None:
     timeout_s = memory.timeout_s
     memory.set_timeout(min(timeout_s, _TRIAL_S))
     for attempt in (_leave_marks, _why_out_of_reach, _why_not_met):
-        _agree(cpu_group, _failure_of(attempt, memory))
+        _agree(cpu_group, memory.first_rank, _failure_of(attempt, memory))
     memory.set_timeout(timeout_s)
 
 
@@ -223,11 +255,13 @@ def _leave_marks(memory: PeerMemory) -> str:
 def _why_out_of_reach(memory: PeerMemory) -> str:
     found = torch.zeros(memory.world_size, 2, dtype=torch.int64, device=memory.segment.device)
     read_marks_kernel[(1,)](memory.segment, found, WORLD_SIZE=memory.world_size, num_warps=1)
+    own_name = memory.first_rank + memory.rank
     for rank, (written, read) in enumerate(found.tolist()):
+        name = memory.first_rank + rank
         if written != rank + 1:
-            return f"what rank {rank} wrote into the memory of rank {memory.rank} did not arrive"
+            return f"what rank {name} wrote into the memory of rank {own_name} did not arrive"
         if read != rank + 1:
-            return f"what rank {memory.rank} read from the memory of rank {rank} is not what is there"
+            return f"what rank {own_name} read from the memory of rank {name} is not what is there"
     return ""
 
 
@@ -248,14 +282,22 @@ def _failure_of(attempt: Callable[[PeerMemory], str], memory: PeerMemory) -> str
         return f"{type(error).__name__}: {error}"
 
 
-def _agree(cpu_group: Communicator, failure: str) -> None:
+def _agree(cpu_group: Communicator, first_rank: int, failure: str) -> None:
     """Raises the first rank's failure on every rank."""
+    if found := _first_failure(cpu_group, failure):
+        rank, reason = found
+        raise PeerMemoryUnavailable(f"rank {first_rank + rank}: {reason}")
+
+
+def _first_failure(cpu_group: Communicator, failure: str) -> tuple[int, str] | None:
+    """The first rank that has one, and which, the same on every rank."""
     text = torch.zeros(1, _REASON_BYTES, dtype=torch.uint8)
     encoded = failure.encode()[:_REASON_BYTES]
     text[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     for rank, row in enumerate(cpu_group.all_gather(text)):
         if reason := bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"):
-            raise PeerMemoryUnavailable(f"rank {rank}: {reason}")
+            return rank, reason
+    return None
 
 
 def _wait_for_all(cpu_group: Communicator) -> None:

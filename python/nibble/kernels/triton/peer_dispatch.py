@@ -1,4 +1,8 @@
-"""Dispatch through peer memory: one kernel quantizes this rank's rows and stores them in every rank's segment."""
+"""Dispatch through peer memory: one kernel quantizes this rank's rows and stores them in every rank's segment.
+
+Where peer memory reaches the ranks of one of several hosts, rows come from the other hosts as wire rows, and a kernel
+stores those of this rank's rail (`rail.py`).
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -12,6 +16,7 @@ from nibble.distributed.peer_memory import PeerMemory
 from nibble.kernels.torch.nvfp4 import BLOCK_SIZE
 from nibble.kernels.torch.wire_row import WireRowLayout
 from nibble.kernels.triton.peer_sync import is_last_program, meet, segment_of
+from nibble.kernels.triton.rail import place_of, rail_places
 from nibble.kernels.triton.wire_row import copy_routing, load_blocks, load_input_scale, quantize_blocks, value_pairs
 
 # A program takes whole rows, one block of 16 values a thread, and several rows where there are many: at its end it
@@ -19,6 +24,7 @@ from nibble.kernels.triton.wire_row import copy_routing, load_blocks, load_input
 _PROGRAMS_PER_MULTIPROCESSOR = 1
 _MAX_WARPS = 16
 _MAX_REGISTERS = 64  # a thread, so that a multiprocessor runs two programs of 16 warps
+_NOBODY = tl.constexpr(-1)
 
 
 def peer_dispatch(
@@ -44,7 +50,7 @@ def peer_dispatch(
         return gathered
     blocks_per_row = hidden_size // BLOCK_SIZE
     tile_blocks = triton.next_power_of_2(blocks_per_row)
-    _dispatch_kernel[(max(1, min(num_rows, _PROGRAMS_PER_MULTIPROCESSOR * memory.num_multiprocessors)),)](
+    _dispatch_kernel[_grid(memory, num_rows)](
         value_pairs(x),
         topk_ids.contiguous(),
         topk_weights.contiguous(),
@@ -69,6 +75,38 @@ def peer_dispatch(
         enable_fp_fusion=False,
     )
     return gathered
+
+
+def peer_store(memory: PeerMemory, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The wire rows of all ranks of all hosts, in rank order, where each rank of a host brings those of its rail.
+
+    `rows` is contiguous, uint8 [sum(rail_sizes(memory, sizes)), row_bytes], by host. The result is that of
+    `peer_dispatch`, and everything that is said there holds here.
+    """
+    num_rows, row_bytes = rows.shape
+    gathered = memory.rows(sum(sizes), row_bytes)
+    if len(gathered) == 0:
+        return gathered
+    row_tile = triton.next_power_of_2(row_bytes // 4)
+    _store_kernel[_grid(memory, num_rows)](
+        rows,
+        memory.segment,
+        memory.rank,
+        num_rows,
+        rail_places(memory, sizes),
+        WORLD_SIZE=memory.world_size,
+        PEERS_TILE=triton.next_power_of_2(memory.world_size),
+        ROWS_OFFSET=memory.layout.rows_offset,
+        ROW_BYTES=row_bytes,
+        ROW_TILE=row_tile,
+        num_warps=min(_MAX_WARPS, max(1, row_tile // 128)),  # a word of 16 bytes a thread
+        maxnreg=_MAX_REGISTERS,
+    )
+    return gathered
+
+
+def _grid(memory: PeerMemory, num_rows: int) -> tuple[int]:
+    return (max(1, min(num_rows, _PROGRAMS_PER_MULTIPROCESSOR * memory.num_multiprocessors)),)
 
 
 @triton.jit(do_not_specialize=["rank", "first_row", "num_rows"])
@@ -112,31 +150,51 @@ def _dispatch_kernel(
             TOP_K, SCALE_OFFSET + BLOCKS_PER_ROW, IDS_OFFSET, ROW_BYTES,
         )  # fmt: skip
         tl.debug_barrier()  # the row is whole
-        _push(
-            own_offset + tl.cast(row, tl.int64) * ROW_BYTES, segment_ptr, rank,
-            WORLD_SIZE, PEERS_TILE, ROW_BYTES, ROW_TILE,
-        )  # fmt: skip
+        offset = own_offset + tl.cast(row, tl.int64) * ROW_BYTES
+        _push(segment_ptr + offset, offset, segment_ptr, rank, WORLD_SIZE, PEERS_TILE, ROW_BYTES, ROW_TILE)
+    if is_last_program(segment_ptr):
+        meet(segment_ptr, rank, WORLD_SIZE)
+
+
+@triton.jit(do_not_specialize=["rank", "num_rows"])
+def _store_kernel(
+    rows_ptr,
+    segment_ptr,
+    rank,
+    num_rows,
+    places,
+    WORLD_SIZE: tl.constexpr,
+    PEERS_TILE: tl.constexpr,
+    ROWS_OFFSET: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+):
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row_ptr = tl.multiple_of(rows_ptr + tl.cast(row, tl.int64) * ROW_BYTES, 16)
+        offset = ROWS_OFFSET + place_of(row, places) * ROW_BYTES
+        _push(row_ptr, offset, segment_ptr, _NOBODY, WORLD_SIZE, PEERS_TILE, ROW_BYTES, ROW_TILE)
     if is_last_program(segment_ptr):
         meet(segment_ptr, rank, WORLD_SIZE)
 
 
 @triton.jit
 def _push(
+    row_ptr,
     offset,
     segment_ptr,
-    rank,
+    has_it,
     WORLD_SIZE: tl.constexpr,
     PEERS_TILE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
-    """Copies the row at `offset` of the own segment to the same place in all others."""
+    """Copies a row to `offset` in all segments but that of the rank which has it there."""
     word = tl.arange(0, ROW_TILE)
     is_word = word < ROW_BYTES // 4
-    words = tl.load((segment_ptr + offset).to(tl.pointer_type(tl.int32), bitcast=True) + word, mask=is_word)
+    words = tl.load(row_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + word, mask=is_word)
     peer = tl.arange(0, PEERS_TILE)
-    row_ptr = tl.multiple_of((segment_of(peer, segment_ptr, WORLD_SIZE) + offset).to(tl.pointer_type(tl.int32)), 16)
-    is_other = (peer < WORLD_SIZE) & (peer != rank)
-    target_ptr = row_ptr[:, None] + word[None, :]
+    there_ptr = tl.multiple_of((segment_of(peer, segment_ptr, WORLD_SIZE) + offset).to(tl.pointer_type(tl.int32)), 16)
+    is_target = (peer < WORLD_SIZE) & (peer != has_it)
+    target_ptr = there_ptr[:, None] + word[None, :]
     values = tl.broadcast_to(words[None, :], PEERS_TILE, ROW_TILE)
-    tl.store(target_ptr, values, mask=is_other[:, None] & is_word[None, :])
+    tl.store(target_ptr, values, mask=is_target[:, None] & is_word[None, :])

@@ -84,7 +84,7 @@ def _make_dispatcher(config: EngineConfig, parallel: ParallelState) -> AllGather
         return AllGatherDispatcher(combiner)
     from nibble.layers.moe.peer_dispatcher import PeerCombineDispatcher, PeerCombiner
 
-    return PeerCombineDispatcher(PeerCombiner(parallel.peer_memory, combiner))
+    return PeerCombineDispatcher(PeerCombiner(parallel.peer_memory, combiner, parallel.rail_group))
 
 
 def _make_fp4_dispatcher(config: EngineConfig, parallel: ParallelState, top_k: int) -> Fp4AllGatherDispatcher:
@@ -93,4 +93,4 @@ def _make_fp4_dispatcher(config: EngineConfig, parallel: ParallelState, top_k: i
         return Fp4AllGatherDispatcher(config, top_k, combiner)
     from nibble.layers.moe.peer_dispatcher import PeerCombiner, PeerMemoryDispatcher
 
-    return PeerMemoryDispatcher(config, top_k, PeerCombiner(parallel.peer_memory, combiner))
+    return PeerMemoryDispatcher(config, top_k, PeerCombiner(parallel.peer_memory, combiner, parallel.rail_group))
