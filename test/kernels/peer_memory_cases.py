@@ -26,13 +26,13 @@ ALWAYS = FAILED - 1  # a round that nobody reaches
 
 
 def ranks_of_one_process(
-    world_size: int, layout: SegmentLayout, device: str = "cpu", timeout_s: float = 30
+    world_size: int, layout: SegmentLayout, device: str = "cpu", timeout_s: float = 30, first_rank: int = 0
 ) -> list[PeerMemory]:
     segments = [torch.full((layout.num_bytes,), 0xFF, dtype=torch.uint8, device=device) for _ in range(world_size)]
     for segment in segments:
         segment[:HEADER_BYTES] = 0
     addresses = [segment.data_ptr() for segment in segments]
-    return [PeerMemory(rank, layout, segments[rank], addresses, timeout_s) for rank in range(world_size)]
+    return [PeerMemory(rank, layout, segments[rank], addresses, timeout_s, first_rank) for rank in range(world_size)]
 
 
 def flags(memory: PeerMemory) -> Tensor:
@@ -78,6 +78,11 @@ def sum_by_rank(partials: Sequence[Tensor]) -> Tensor:
     for partial in partials[1:]:
         total = total + partial.float()
     return total
+
+
+def cut_off(x: Tensor) -> Tensor:
+    """fp32 as bf16. Where compiled code rounds to the nearest, the interpreter cuts the rest off."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
 
 
 TICKS = itertools.count()

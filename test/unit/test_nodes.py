@@ -155,9 +155,21 @@ def test_the_log_says_which_ranks_are_on_which_node_and_how_they_meet(checkpoint
     assert "between nodes: nccl, and gloo for" in " ".join(resolved(checkpoint(), **several).decisions())
 
 
-def test_peer_memory_reaches_one_host_only(checkpoint, monkeypatch):
+def test_rows_go_through_peer_memory_inside_each_node_and_nccl_between_them(checkpoint, monkeypatch):
     on_a_gpu(monkeypatch)
-    folder, reason = checkpoint(quantization=NVFP4), "peer memory reaches the ranks of one host, and there are 2 nodes"
+    for asked in ("auto", "peer"):
+        config = resolved(checkpoint(quantization=NVFP4), moe_comm_backend=asked, **FOUR_RANKS, **TWO_NODES)
+        assert config.moe_comm_backend == "peer"
+        words = "through peer memory, if every rank can reach that of all others of its host, and nccl between hosts"
+        assert f"rows to the experts and back: {words}" in config.decisions()
+    config = resolved(checkpoint(quantization=NVFP4), moe_comm_backend="nccl", **FOUR_RANKS, **TWO_NODES)
+    assert config.moe_comm_backend == "nccl"
+
+
+def test_nodes_of_one_rank_take_nccl(checkpoint, monkeypatch):
+    on_a_gpu(monkeypatch)
+    folder = checkpoint(quantization=NVFP4)
+    reason = "peer memory reaches the ranks of one host, and every node has one rank"
     config = resolved(folder, **DP2, **TWO_NODES)
     assert config.moe_comm_backend == "nccl"
     assert f"rows to the experts and back: nccl ({reason})" in config.decisions()
