@@ -1,11 +1,11 @@
 """How far sums of the experts' results are from those in fp64, by the type in which the results travel. No GPU needed.
 
-    python benchmark/comm/combine_accuracy.py [--ranks 8] [--rows 512]
+    python benchmark/comm/combine_accuracy.py [--ranks 8] [--hosts 2] [--rows 512]
 
 Random results with DeepSeek-R1's dimensions: of each token 8 of 256 experts, an equal share of them on each rank, give
 normally distributed values times a weight, and columns differ in size by a log-normal factor. Errors are relative, of
 whole rows: |sum - truth| / |truth|, the mean over rows. "chain" adds bf16 numbers one after the other, as a ring of
-collectives may; the others add in fp32 and round once, to bf16.
+collectives may; the others add in fp32 and round once, to bf16. "by host" rounds the sums of each of several hosts, too.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from nibble.kernels.torch.fp8_row import quantize_fp8_rows, sum_fp8_rows
+from nibble.kernels.torch.fp8_row import dequantize_fp8_rows, quantize_fp8_rows, sum_fp8_rows
 
 HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 7168, 8, 256
 
@@ -21,6 +21,7 @@ HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 7168, 8, 256
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--rows", type=int, default=512)
     args = parser.parse_args()
     partials = random_partials(args.ranks, args.rows)
@@ -32,11 +33,19 @@ def main() -> None:
     sums = {
         "bf16, chain": chain,
         "bf16": partials.bfloat16().float().sum(0).bfloat16(),
+        "bf16, by host": sum_by_host(partials.bfloat16().float(), args.hosts),
         "fp8": sum_fp8_rows(fp8_rows, args.ranks, HIDDEN_SIZE, torch.bfloat16),
+        "fp8, by host": sum_by_host(dequantize_fp8_rows(fp8_rows, HIDDEN_SIZE).view_as(partials), args.hosts),
     }
     for name, result in sums.items():
         error = ((result.double() - truth).norm(dim=1) / truth.norm(dim=1)).mean()
-        print(f"{name:12} {float(error):.2e}")
+        print(f"{name:13} {float(error):.2e}")
+
+
+def sum_by_host(partials: Tensor, num_hosts: int) -> Tensor:
+    """fp32 [W, T, H] to bf16 [T, H], of which each host rounds its ranks' sum."""
+    of_hosts = [of_host.sum(0).bfloat16().float() for of_host in partials.chunk(num_hosts)]
+    return torch.stack(of_hosts).sum(0).bfloat16()
 
 
 def random_partials(num_ranks: int, num_rows: int) -> Tensor:

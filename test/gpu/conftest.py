@@ -16,7 +16,7 @@ from gpu_lock import GpuLock
 
 COMPILERS_SECONDS = 400
 LATER = (
-    "test_peer_memory.py", "test_pynccl.py", "test_splits_gpu.py",
+    "test_peer_memory.py", "test_peer_hosts_gpu.py", "test_pynccl.py", "test_splits_gpu.py",
     "test_flashinfer_norms.py", "test_flashinfer_attention.py", "test_deepseek_gpu.py", "test_launches_gpu.py",
     "test_cuda_graphs.py", "test_engine_gpu.py", "test_overlap_gpu.py", "test_memory_given_back.py",
     "test_missing_ranks.py",

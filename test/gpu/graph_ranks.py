@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +21,15 @@ PAGE_SIZE = 4
 PAGES_EACH = 10
 
 
-def check_replays(rank: Rank, sizes: list[list[int]], moe_comm: str, combine: str = "bf16") -> None:
+def check_replays(
+    rank: Rank, sizes: list[list[int]], moe_comm: str, combine: str = "bf16", hosts: dict[str, Any] | None = None
+) -> None:
     """Decodes `sizes[…][rank]` sequences: replayed, launched kernel by kernel with padding, and without any.
 
+    With the flags of several `hosts`, neighbours play one.
     The first two must be the same bits. The third has other shapes, which the order of sums may depend on.
     """
-    runner = _runner(rank, moe_comm, combine=combine)
+    runner = _runner(rank, moe_comm, combine=combine, hosts=hosts)
     graphs = runner._graphs
     assert graphs is not None
     _prefill(runner, rank)
@@ -67,8 +71,14 @@ def miss_the_last_rank(rank: Rank) -> str:
     return "no error"
 
 
-def _runner(rank: Rank, moe_comm: str, dist_timeout: float = 60.0, combine: str = "bf16") -> ModelRunner:
-    name = f"runner-{moe_comm}-{dist_timeout:g}-{combine}"
+def _runner(
+    rank: Rank,
+    moe_comm: str,
+    dist_timeout: float = 60.0,
+    combine: str = "bf16",
+    hosts: dict[str, Any] | None = None,
+) -> ModelRunner:
+    name = f"runner-{moe_comm}-{dist_timeout:g}-{combine}{'-hosts' if hosts else ''}"
     if name not in rank.state:
         config = engine_config(
             DEMO_MODEL,
@@ -85,9 +95,10 @@ def _runner(rank: Rank, moe_comm: str, dist_timeout: float = 60.0, combine: str 
             moe_combine_dtype=combine,
             dist_timeout=dist_timeout,
             log_level="error",
+            **(hosts or {}),
         )
         assert config.cuda_graph_rows == (1, 2, 4, 8)
-        run_dir = rank.run_dir / name
+        run_dir = rank.run_dir / f"{name}-of-node{config.parallel.node_of(rank.rank)}"  # hosts share no files
         run_dir.mkdir(mode=0o700, exist_ok=True)
         rank.state[name] = ModelRunner(config, initialize_parallel(config, rank.rank, run_dir))
     runner: ModelRunner = rank.state[name]

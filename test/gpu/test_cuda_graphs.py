@@ -7,7 +7,7 @@ import pytest
 import graph_ranks as on_rank
 import nibble
 from gpu_ranks import gpu_ranks
-from rank_processes import RankProcesses
+from rank_processes import RankProcesses, free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flashinfer")]
 
@@ -36,6 +36,17 @@ def test_a_replay_is_bit_equal_to_its_kernels_even_uneven_and_with_idle_ranks(
     only_last = [[0] * (world_size - 1) + [2]]
     sizes = [[1] * world_size, [8] * world_size, *uneven, *(one_idle if world_size > 1 else []), *only_last]
     ranks.run(on_rank.check_replays, sizes=sizes, moe_comm=moe_comm, combine=combine)
+
+
+@pytest.mark.parametrize("combine", ["bf16", "fp8"])
+def test_replays_with_peer_memory_inside_two_hosts_are_bit_equal_to_their_kernels(
+    ranks: RankProcesses, combine: str
+) -> None:
+    if ranks.world_size != 4:
+        pytest.skip("one size is enough")
+    hosts = {"nnodes": 2, "dist_init_addr": f"127.0.0.1:{free_port() - 1}"}
+    sizes = [[1] * 4, [8] * 4, [6, 3, 8, 5], [0, 3, 0, 3], [0, 0, 3, 1], [0, 0, 0, 2]]
+    ranks.run(on_rank.check_replays, sizes=sizes, moe_comm="peer", combine=combine, hosts=hosts)
 
 
 def test_greedy_text_is_the_same_with_and_without_graphs() -> None:

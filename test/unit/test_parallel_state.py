@@ -29,6 +29,10 @@ class Joined(SingleRankCommunicator):
     def __init__(self, name: str, members: tuple[int, ...], rank: int, device: torch.device) -> None:
         super().__init__(name, device)
         self.members, self.rank, self.world_size = members, members.index(rank), len(members)
+        self.companions: list[Communicator] = []
+
+    def take_along(self, other: Communicator) -> None:
+        self.companions.append(other)
 
 
 def join_on_cpu(meeting: parallel_state._Meeting, name: str, members: range) -> Joined:
@@ -170,6 +174,7 @@ def test_rails_are_of_the_same_place_on_each_host_and_only_beside_peer_memory(st
     monkeypatch.setattr(parallel_state._Meeting, "open_peer_memory", lambda *_: memory)
     for rank, state in enumerate(states(6, 6, 6, device="cuda", peer_memory=True, **ON_HOSTS)):
         assert state.peer_memory is memory
+        assert state.tp_group.companions == ([state.rail_group] if reached else [])
         assert (members(state.rail_group, rank) if state.rail_group else None) == (
             tuple(range(rank % 2, 6, 2)) if reached else None
         )

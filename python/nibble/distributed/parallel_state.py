@@ -103,7 +103,7 @@ def initialize_parallel(config: EngineConfig, rank: int, run_dir: Path) -> Paral
     memory = meeting.open_peer_memory("tp", tp) if config.moe_comm_backend == "peer" else None
     if memory is None:
         return state
-    rail = meeting.join("rail", sizes.rail(rank)) if sizes.nnodes > 1 else None
+    rail = meeting.join_rail(state.tp_group) if sizes.nnodes > 1 else None
     return replace(state, peer_memory=memory, rail_group=rail)
 
 
@@ -140,6 +140,12 @@ class _Meeting:
         if key not in self._on_cpu:
             self._on_cpu[key] = self._join_on_cpu(name, members)
         return self._on_cpu[key]
+
+    def join_rail(self, all_ranks: Communicator) -> Communicator:
+        """Its GPU group, which ends with that of all ranks."""
+        rail = self.join("rail", self.config.parallel.rail(self.rank))
+        cast("PyNcclCommunicator", all_ranks).take_along(cast("PyNcclCommunicator", rail))
+        return rail
 
     def open_peer_memory(self, name: str, members: Sequence[int]) -> "PeerMemory | None":
         """That of `members`, or of those on this host, watched by their group on the GPU; None if --moe-comm-backend

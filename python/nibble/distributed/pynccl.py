@@ -89,6 +89,7 @@ class PyNcclCommunicator(Communicator):
         self._timeout_s = timeout_s
         self._not_waited_for = 0  # collectives launched since `synchronize`
         self._watched: list[Callable[[], None]] = []
+        self._companions: list[PyNcclCommunicator] = []
         try:
             self._comm: Comm | None = self._join(bootstrap)
         except (CollectiveError, NcclError) as error:
@@ -125,6 +126,12 @@ class PyNcclCommunicator(Communicator):
         have missed one.
         """
         self._watched.append(raise_failure)
+
+    def take_along(self, other: "PyNcclCommunicator") -> None:
+        """Has `synchronize` and `check` notice failures of `other`, with collectives on the same stream, and ends it
+        with this group: then no kernel of either is left that waits.
+        """
+        self._companions.append(other)
 
     def check(self) -> None:
         """Raises CollectiveError, and closes the group, if NCCL noticed a failure by itself. Waits for nothing."""
@@ -165,6 +172,9 @@ class PyNcclCommunicator(Communicator):
             except NcclError as error:
                 logger.warning("group %r, rank %d: %s", self.name, self.rank, error)
         self._not_waited_for = 0
+        for companion in self._companions:
+            companion._closed_because = companion._closed_because or self._closed_because
+            companion.close()
         super().close()
 
     def _run(self, collective: str, implementation: Callable[..., T], *args: Any) -> T:
@@ -264,6 +274,8 @@ class PyNcclCommunicator(Communicator):
     def _poll(self) -> None:
         assert self._comm is not None
         self._nccl.raise_async_error(self._comm)
+        for companion in self._companions:
+            companion.check()
         for raise_failure in self._watched:
             raise_failure()
 
