@@ -1,6 +1,7 @@
 """What each rank does for test_cuda_graphs.py."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ def check_replays(
         assert torch.equal(replayed, through_forward)
 
 
-def miss_the_last_rank(rank: Rank) -> str:
+def miss_the_last_rank(rank: Rank, hosts: Sequence[dict[str, Any]] = ({}, {})) -> str:
     """The last rank stays away from a replay through peer memory. Returns what the others' wait for it raises.
 
-    By then all of them leave the GPU alone: nothing waits on it when their processes end.
+    By then all of them leave the GPU alone: nothing waits on it when their processes end. `hosts`: the flags of
+    several, which meet twice.
     """
-    _runner(rank, "peer")  # compiles and loads, for which ranks may take longer than the next one's kernels wait
-    runner = _runner(rank, "peer", dist_timeout=10.0)
+    first, second = hosts
+    _runner(rank, "peer", hosts=first)  # compiles and loads, which may take longer than the next one's kernels wait
+    runner = _runner(rank, "peer", dist_timeout=10.0, hosts=second)
     _prefill(runner, rank)
     rows = [2] * rank.world_size
     runner.forward(_decode(2, length=20, first_token=0), rows, decodes_only=True)

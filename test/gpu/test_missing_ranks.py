@@ -12,7 +12,7 @@ import graph_ranks
 import peer_memory_ranks
 import pynccl_ranks
 from gpu_ranks import gpu_ranks
-from rank_processes import RankProcesses
+from rank_processes import RankProcesses, free_port
 
 pytestmark = pytest.mark.gpu
 
@@ -54,3 +54,16 @@ def test_a_rank_that_stays_away_from_a_step_is_named_by_the_others_before_nccl_g
     missing = f"rank {ranks.world_size - 1} did not arrive within 8 s in a dispatch or combine through peer memory"
     assert away == ""
     assert all(missing in message for message in others), others
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_where_a_rank_stays_away_its_host_names_it_and_no_host_waits_for_ever(ranks: RankProcesses) -> None:
+    """Rank 1 waits for rank 3 of the other host in NCCL, which can't name it, and rank 0 for rank 1."""
+    if ranks.world_size != 4:
+        pytest.skip("two hosts of two ranks")
+    hosts = [{"nnodes": 2, "dist_init_addr": f"127.0.0.1:{free_port() - 1}"} for _ in range(2)]
+    on_first_host, in_nccl, on_second_host, away = ranks.run(graph_ranks.miss_the_last_rank, hosts=hosts)
+    assert "rank 1 did not arrive within 8 s in a dispatch or combine" in on_first_host
+    assert "the GPU did not finish" in in_nccl
+    assert "rank 3 did not arrive within 8 s in a dispatch or combine" in on_second_host
+    assert away == ""

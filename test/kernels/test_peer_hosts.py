@@ -254,9 +254,15 @@ def test_without_rows_on_any_host_nothing_is_entered() -> None:
     assert all(rail.entered == [] for rail in layer.rails) and cases.rounds(layer.memories[0]) == 0
 
 
-def test_a_missing_rank_of_another_host_is_named_by_its_number_among_all() -> None:
-    layout = SegmentLayout(8, LAYOUT.row_bytes, LAYOUT.hidden_size)
+@COMBINE
+def test_a_missing_rank_is_named_by_its_number_among_all_and_no_sum_of_garbage_goes_to_other_hosts(
+    combine: str,
+) -> None:
+    layout = SegmentLayout(8, LAYOUT.row_bytes, LAYOUT.hidden_size, combine == "fp8")
     memory, _ = cases.ranks_of_one_process(2, layout, timeout_s=1e-7, first_rank=2)
-    peer_combine(memory, [1, 1, 1, 1])
+    sizes = [1, 1, 2, 1]
+    cases.store_partial(memory, cases.partials_of(sizes, LAYOUT.hidden_size)[2])
+    sums = peer_combine(memory, sizes)
+    assert sums.shape == (3, LAYOUT.hidden_size) and sums.isnan().all()
     with pytest.raises(PeerError, match="rank 3 did not arrive"):
         memory.raise_failure()

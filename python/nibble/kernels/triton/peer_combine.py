@@ -16,7 +16,7 @@ from torch import Tensor
 from nibble.distributed.peer_memory import PeerMemory
 from nibble.kernels.torch.fp8_row import Fp8RowLayout
 from nibble.kernels.triton.fp8_row import TILE, add_tiles, load_tile, store_sum
-from nibble.kernels.triton.peer_sync import meet_kernel, segment_of
+from nibble.kernels.triton.peer_sync import has_failed, meet_kernel, segment_of
 from nibble.kernels.triton.rail import place_of, rail_places, rail_sizes
 
 _MAX_REGISTERS = 64  # a thread; with fewer the compiler adds before it has asked for the terms of all ranks
@@ -25,7 +25,8 @@ _MAX_REGISTERS = 64  # a thread; with fewer the compiler adds before it has aske
 def peer_combine(memory: PeerMemory, sizes: Sequence[int]) -> Tensor:
     """This rank's rows of the sum over all ranks of `memory.partial(sum(sizes))`: bf16 [sizes[rank], H].
 
-    With `sizes` of several hosts the sum is over the ranks of this host, and its rows are those of the rail, by host.
+    With `sizes` of several hosts the sum is over the ranks of this host, and its rows are those of the rail, by host;
+    NaN if a rank of this host has not come, since the other hosts do not hear of it here.
     Terms, bf16 or FP8 rows, are added in fp32 in the order of the ranks, and the sum is rounded once. Collective,
     without host synchronization: a CUDA graph can capture it. A rank without rows takes part; without rows on any rank
     nothing is launched. The partial results may be overwritten once this rank has entered another round, which
@@ -100,7 +101,8 @@ def _peer_sum_kernel(
         row_ptr = tl.multiple_of(partial.to(tl.pointer_type(tl.bfloat16)), 16) + place * HIDDEN_SIZE
         term = tl.load(row_ptr + column, mask=mask, other=0.0, eviction_policy="evict_first")
         terms = terms + (term,)  # type: ignore[assignment]  # noqa: RUF005
-    tl.store(out_ptr + row * HIDDEN_SIZE + column, _add(terms, WORLD_SIZE).to(tl.bfloat16), mask=mask)
+    acc = _unless_failed(_add(terms, WORLD_SIZE), segment_ptr, places)
+    tl.store(out_ptr + row * HIDDEN_SIZE + column, acc.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
@@ -126,7 +128,8 @@ def _peer_sum_fp8_kernel(
         row_ptr = tl.multiple_of(partial.to(tl.pointer_type(tl.uint8)), 16) + place * ROW_BYTES
         value, scale = load_tile(tile, row_ptr, HIDDEN_SIZE, SCALE_OFFSET, TILE)
         values, scales = values + (value,), scales + (scale,)  # type: ignore[assignment]  # noqa: RUF005
-    store_sum(add_tiles(values, scales, WORLD_SIZE), tile, out_ptr + row * HIDDEN_SIZE, HIDDEN_SIZE, TILE)
+    acc = _unless_failed(add_tiles(values, scales, WORLD_SIZE), segment_ptr, places)
+    store_sum(acc, tile, out_ptr + row * HIDDEN_SIZE, HIDDEN_SIZE, TILE)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -148,6 +151,14 @@ def _sum_over_hosts_kernel(
         row_ptr = terms_ptr + (host * num_rows + row) * HIDDEN_SIZE
         terms = terms + (tl.load(row_ptr + column, mask=mask, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(out_ptr + row * HIDDEN_SIZE + column, _add(terms, NUM_HOSTS).to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def _unless_failed(acc, segment_ptr, places):
+    """The sum, or NaN if it goes to other hosts and this rank has failed."""
+    if len(places) > 1:
+        acc = tl.where(has_failed(segment_ptr), float("nan"), acc)
+    return acc
 
 
 @triton.jit

@@ -95,6 +95,12 @@ def _fail(flags, number, segment_ptr, rank, patience_ns, WORLD_SIZE: tl.constexp
 
 
 @triton.jit
+def has_failed(segment_ptr):
+    """Whether this rank meets nobody any more; then what it reads in the segments is worth nothing."""
+    return tl.load(_words(segment_ptr) + _PATIENCE_NS) == 0
+
+
+@triton.jit
 def is_last_program(segment_ptr):
     """Whether all programs of the kernel have come here, this one last; then it has seen what they stored."""
     arrived_ptr = _words(segment_ptr) + _ARRIVED
