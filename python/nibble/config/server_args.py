@@ -100,8 +100,8 @@ class ServerArgs:
     )
     moe_comm_backend: str = flag(
         "auto",
-        "What brings rows to experts on other GPU ranks, and sums back. peer: memory that all ranks map, one kernel "
-        "each way; auto: peer where it works, nccl elsewhere.",
+        "What brings rows to experts on other GPU ranks, and sums back. peer: memory that all ranks of a host map, one "
+        "kernel each way, and nccl between hosts; auto: peer where it works, nccl elsewhere.",
         choices=("auto", "nccl", "peer"),
     )
     moe_combine_dtype: str = flag(
