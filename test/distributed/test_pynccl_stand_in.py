@@ -4,7 +4,6 @@ All ranks live in this process, on a stand-in of libnccl that moves the bytes as
 on GPUs: test/gpu/test_pynccl.py.
 """
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -369,15 +368,14 @@ def test_what_is_watched_beside_nccl_ends_the_group_before_the_deadline_with_its
 def test_a_group_that_is_taken_along_ends_with_the_one_that_is_waited_for_and_is_watched_there() -> None:
     """A kernel of either that goes on waiting would keep the GPU."""
     ranks, others = Ranks(2), Ranks(2)
-    group, other = ranks.groups[0], others.groups[0]
-    group.take_along(other)
-    group.synchronize()
+    ranks.groups[0].take_along(others.groups[0])
+    ranks.groups[0].synchronize()
     ranks.cuda.hangs = True
-    with pytest.raises(CollectiveError, match=r"within 0\.02 s") as first:
-        group.synchronize()
+    with pytest.raises(CollectiveError, match="the GPU did not finish"):
+        ranks.groups[0].synchronize()
     assert ranks.nccl.ended == others.nccl.ended == [("abort", 0)]
-    with pytest.raises(CollectiveError, match=re.escape(str(first.value))):
-        other.all_gather(torch.zeros(1))
+    with pytest.raises(CollectiveError, match="the GPU did not finish"):
+        others.groups[0].all_gather(torch.zeros(1))
     ranks, others = Ranks(2), Ranks(2)
     ranks.groups[0].take_along(others.groups[0])
     others.nccl.async_error = 6

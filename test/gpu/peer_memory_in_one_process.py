@@ -15,8 +15,8 @@ from nibble.distributed.communicator import PeerError
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
 from nibble.kernels.triton.fp8_row import leave_result
-from nibble.kernels.triton.peer_combine import peer_combine
-from nibble.kernels.triton.peer_dispatch import peer_dispatch
+from nibble.kernels.triton.peer_combine import peer_combine, sum_over_hosts
+from nibble.kernels.triton.peer_dispatch import peer_dispatch, peer_store
 
 DEVICE = "cuda"
 LAYOUTS = (WireRowLayout(7168, 8), WireRowLayout(304, 3))
@@ -42,6 +42,30 @@ def take_a_step(ranks: list[PeerMemory], sizes: list[int], layout: WireRowLayout
         assert torch.equal(peer_combine(memory, sizes).cpu(), expected), f"combine of {sizes}"
 
 
+def take_a_step_on_two_hosts(segment: SegmentLayout, sizes: list[int], layout: WireRowLayout) -> None:
+    """The ranks of the first host; what the second one's bring is known."""
+    size = len(sizes) // 2
+    memories = cases.ranks_of_one_process(size, segment, DEVICE)
+    wire = [quantize_pack(*own, INPUT_SCALE) for own in cases.rows_of(sizes, layout)]
+    gathered = []
+    for memory in memories:
+        cases.let_everybody_arrive(memory)
+        gathered.append(peer_store(memory, torch.cat(wire[memory.rank :: size]).to(DEVICE), sizes))
+    assert all(torch.equal(got.cpu(), torch.cat(wire)) for got in gathered), f"rows of two hosts, {sizes}"
+    partials = cases.partials_of(sizes, layout.hidden_size)
+    for memory, partial in zip(memories, partials, strict=False):
+        leave_result(partial.to(DEVICE), memory.partial(len(partial)))
+    stored = [cases.as_stored(memories[0], partial) for partial in partials]
+    hosts = [cases.sum_by_rank(stored[:size]).bfloat16(), cases.sum_by_rank(stored[size:]).bfloat16()]
+    for memory in memories:
+        cases.let_everybody_arrive(memory)
+        sums = peer_combine(memory, sizes)
+        assert torch.equal(sums.cpu(), torch.cat(hosts[0].split(sizes)[memory.rank :: size])), f"a host's sums, {sizes}"
+        terms = [host.split(sizes)[memory.rank] for host in hosts]
+        out = sum_over_hosts(torch.cat(terms).to(DEVICE), 2)
+        assert torch.equal(out.cpu(), cases.sum_by_rank(terms).bfloat16()), f"sums of two hosts, {sizes}"
+
+
 def wait_in_vain(memory: PeerMemory, sizes: list[int]) -> None:
     memory.set_timeout(0.01)
     cases.flags(memory).zero_()
@@ -64,6 +88,8 @@ def main() -> None:
                     take_a_step(ranks, sizes, layout, seed)
                 if len(sizes) > 1:
                     wait_in_vain(ranks[0], sizes)
+                if len(sizes) % 2 == 0:
+                    take_a_step_on_two_hosts(segment, sizes, layout)
     print("all rows and sums are right")
 
 
