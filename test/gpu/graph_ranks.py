@@ -27,8 +27,8 @@ def check_replays(
 ) -> None:
     """Decodes `sizes[…][rank]` sequences: replayed, launched kernel by kernel with padding, and without any.
 
-    With the flags of several `hosts`, neighbours play one.
     The first two must be the same bits. The third has other shapes, which the order of sums may depend on.
+    With the flags of several `hosts`, neighbours play one.
     """
     runner = _runner(rank, moe_comm, combine=combine, hosts=hosts)
     graphs = runner._graphs
