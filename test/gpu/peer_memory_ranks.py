@@ -4,6 +4,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ INPUT_SCALE = torch.tensor(0.01)
 LATE_S = 2.0
 """Longer than ranks that have met come after each other on busy cores."""
 FEW_ROWS, MANY_ROWS = 8, 150
+STRESS_GRAPHS, STEPS_OF_A_GRAPH = 12, 10
 """The most that a rank has in a step of the stress test; more than multiprocessors, so that programs take several."""
 
 
@@ -139,30 +141,38 @@ def check_closeness(rank: Rank, sizes: list[int]) -> dict[str, float]:
 def wrong_values_of_many_steps(rank: Rank, steps: int) -> list[int]:
     """Wrong bytes of gathered rows and wrong sums, counted on the device. Nothing but the memory makes ranks meet.
 
-    In most steps each rank has 0 to 8 rows of one of several inputs, in some up to 150; some steps are replays of a
-    graph. Some ranks' GPU work or host stops a while.
+    In most steps each rank has 0 to 8 rows of one of several inputs, in some up to 150. Single steps take turns with
+    graphs of several. Some ranks' GPU work or host stops a while.
     """
     memory, world_size = shared(rank), rank.world_size
     same, own = random.Random(0), random.Random(rank.rank + 1)
     inputs = [StressInput(memory, seed) for seed in range(5)]
     wrong = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    graph, graph_sizes = torch.cuda.CUDAGraph(), [(3 * r + 2) % (FEW_ROWS + 1) for r in range(world_size)]
-    inputs[0].count_wrong(graph_sizes, wrong)
+
+    def take_a_step(pause: Callable[[], None]) -> None:
+        most = MANY_ROWS if same.random() > 0.98 else FEW_ROWS
+        same.choice(inputs).count_wrong([same.randrange(most + 1) for _ in range(world_size)], wrong, pause)
+
+    take_a_step(lambda: None)
     finish(memory)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        inputs[0].count_wrong(graph_sizes, wrong)
-    for step in range(steps):
-        stress, kind = same.choice(inputs), same.random()
-        if kind < 0.2:
+    graphs = [torch.cuda.CUDAGraph() for _ in range(STRESS_GRAPHS)]
+    for graph in graphs:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(STEPS_OF_A_GRAPH):
+                take_a_step(lambda: delay_gpu(own))
+    turns = count(1)
+    while steps > 0:
+        if same.random() < 0.5:
             delay(own)
-            graph.replay()
+            same.choice(graphs).replay()
+            steps -= STEPS_OF_A_GRAPH
         else:
-            most = MANY_ROWS if kind > 0.98 else FEW_ROWS
-            stress.count_wrong([same.randrange(most + 1) for _ in range(world_size)], wrong, lambda: delay(own))
-        if step % 100 == 99:
+            take_a_step(lambda: delay(own))
+            steps -= 1
+        if next(turns) % 100 == 0:
             finish(memory)  # so that launches do not run away from the device
     finish(memory)
-    return [int(count) for count in wrong]
+    return [int(number) for number in wrong]
 
 
 class StressInput:
@@ -192,12 +202,16 @@ class StressInput:
 
 
 def delay(generator: random.Random) -> None:
-    """Of this rank's GPU work, up to 50 µs or so, or of its host."""
-    chance = generator.random()
-    if chance < 0.2:
-        torch.cuda._sleep(generator.randrange(100_000))
-    elif chance < 0.21:
+    """Of this rank's GPU work, or of its host."""
+    delay_gpu(generator)
+    if generator.random() < 0.01:
         time.sleep(generator.random() / 1000)
+
+
+def delay_gpu(generator: random.Random) -> None:
+    """Now and then, up to 50 µs or so."""
+    if generator.random() < 0.2:
+        torch.cuda._sleep(generator.randrange(100_000))
 
 
 def come_too_late(rank: Rank, name: str, action: str) -> str:

@@ -23,7 +23,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def time_limit_s(stress_steps: int) -> float:
     """Of one call."""
-    return 120 + stress_steps / 50
+    return 120 + stress_steps / 200
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
