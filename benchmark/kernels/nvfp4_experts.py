@@ -28,7 +28,7 @@ from wire_row import measure_copy_bandwidth, median_seconds, time_calls
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.triton.fused_moe import Nvfp4MoE, _prepare_kernel
 from nibble.kernels.triton.moe_results import add_results
-from nibble.kernels.triton.moe_routing import choose_assign_tiles, load_block
+from nibble.kernels.triton.moe_routing import choose_assign_tiles, load_block, load_pairs
 from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
 
 LINEAR_SHAPES = [(2112, 7168), (7168, 16384), (5120, 2048)]  # out, in
@@ -217,8 +217,8 @@ class Bf16Experts:
         pairs = rows * top_k
         used_experts = min(pairs, model.local_experts)
         max_blocks = used_experts + (pairs - used_experts) // block_m
-        blocks, num_blocks = topk_ids.new_empty(3, max_blocks), topk_ids.new_empty(1)
-        sorted_pairs = topk_ids.new_empty(pairs)
+        blocks, num_blocks = topk_ids.new_empty(2, max_blocks), topk_ids.new_empty(1)
+        sorted_pairs = topk_ids.new_empty(max_blocks, block_m)
         hidden, results = x.new_empty(pairs, model.intermediate), x.new_empty(pairs, model.hidden)
         out = torch.empty_like(x)
         assign_tile, scan_tile = choose_assign_tiles(pairs)
@@ -264,9 +264,8 @@ def _bf16_kernel(
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         block, row_tile = tile // ROW_TILES, tile % ROW_TILES
-        expert, pairs_ptr, num_pairs = load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks)
-        mask = tl.arange(0, BLOCK_M) < num_pairs
-        pair = tl.load(pairs_ptr + tl.arange(0, BLOCK_M), mask=mask, other=0)
+        expert, num_pairs = load_block(block, blocks_ptr, max_blocks)
+        pair, mask = load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, BLOCK_M)
         row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         column = tl.arange(0, BLOCK_K)[None, :]
         w_ptrs = w_ptr + expert * (ROWS * COLUMNS) + row[:, None] * COLUMNS + column

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.triton.moe_results import add_results
-from nibble.kernels.triton.moe_routing import assign, choose_assign_tiles, load_block
+from nibble.kernels.triton.moe_routing import assign, choose_assign_tiles, load_block, load_pairs
 from nibble.kernels.triton.nvfp4_tiles import (
     WEIGHT_UNIT,
     NvFp4Tiles,
@@ -101,9 +101,9 @@ class Nvfp4MoE:
         # Every expert with pairs may leave one block partly empty.
         used_experts = min(pairs, self.num_local)
         max_blocks = used_experts + (pairs - used_experts) // tiling.block_m
-        blocks = topk_ids.new_empty(3, max_blocks)
+        blocks = topk_ids.new_empty(2, max_blocks)
         num_blocks = topk_ids.new_empty(1)
-        sorted_pairs = topk_ids.new_empty(pairs)
+        sorted_pairs = topk_ids.new_empty(max_blocks, tiling.block_m)
         x = x_fp4.new_empty(rows, self.w13.columns, dtype=torch.float16)
         hidden = x.new_empty(pairs, self.w2.columns)
         results = out.new_empty(pairs, self.hidden_size, dtype=self.dtype)
@@ -314,17 +314,22 @@ def _gate_up_kernel(
 ):
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
+    next_expert, next_num_pairs = load_block(tl.program_id(0) // ROW_TILES, blocks_ptr, max_blocks)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, pairs_ptr, num_pairs = load_block(tile // ROW_TILES, blocks_ptr, sorted_pairs_ptr, max_blocks)
+        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
+        expert, num_pairs = next_expert, next_num_pairs
+        next_expert, next_num_pairs = load_block((tile + tl.num_programs(0)) // ROW_TILES, blocks_ptr, max_blocks)
         if SMALL_M < BLOCK_M and num_pairs <= SMALL_M:
             _gate_up_tile(
-                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr,
-                x_ptr, hidden_ptr, ROWS, COLUMNS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
+                row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, SMALL_M),
+                words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr, x_ptr, hidden_ptr,
+                ROWS, COLUMNS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _gate_up_tile(
-                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr,
-                x_ptr, hidden_ptr, ROWS, COLUMNS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, BLOCK_M),
+                words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr, x_ptr, hidden_ptr,
+                ROWS, COLUMNS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
@@ -332,8 +337,7 @@ def _gate_up_kernel(
 def _gate_up_tile(
     row_tile,
     expert,
-    pairs_ptr,
-    num_pairs,
+    pairs,
     words_ptr,
     scales_ptr,
     alpha_ptr,
@@ -348,18 +352,20 @@ def _gate_up_tile(
     BLOCK_K: tl.constexpr,
 ):
     HIDDEN_BLOCKS: tl.constexpr = BLOCK_N // 32  # blocks of 16 hidden values
-    mask = tl.arange(0, BLOCK_M) < num_pairs
-    pair = tl.load(pairs_ptr + tl.arange(0, BLOCK_M), mask=mask, other=0)
+    pair, mask = pairs
+    # Before the product, so that the end does not wait for them.
+    gate_alpha, up_alpha = tl.load(alpha_ptr + expert * 2), tl.load(alpha_ptr + expert * 2 + 1)
+    hidden_scale = tl.load(hidden_scale_ptr + expert)
     acc = multiply_rows(
         words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
         row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
         x_ptr + (pair // TOP_K).to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
-    gate *= tl.load(alpha_ptr + expert * 2)
-    up *= tl.load(alpha_ptr + expert * 2 + 1)
+    gate *= gate_alpha
+    up *= up_alpha
     hidden = gate / (1.0 + tl.exp(-gate)) * up
-    hidden = fake_quantize(hidden.reshape(HIDDEN_BLOCKS, 16, BLOCK_M), tl.load(hidden_scale_ptr + expert), DIVIDE=False)
+    hidden = fake_quantize(hidden.reshape(HIDDEN_BLOCKS, 16, BLOCK_M), hidden_scale, DIVIDE=False)
 
     # In a block of 16, value 8 b0 + 4 p + j; blocks t = 0 to 3 of a chunk with b1 = 0, then those with b1 = 1.
     hidden = hidden.reshape(HIDDEN_BLOCKS, 2, 2, 4, BLOCK_M).permute(4, 3, 1, 0, 2)  # pair, j, b0, t, p
@@ -397,19 +403,22 @@ def _down_kernel(
 ):
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
+    next_expert, next_num_pairs = load_block(tl.program_id(0) // ROW_TILES, blocks_ptr, max_blocks)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, pairs_ptr, num_pairs = load_block(tile // ROW_TILES, blocks_ptr, sorted_pairs_ptr, max_blocks)
+        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
+        expert, num_pairs = next_expert, next_num_pairs
+        next_expert, next_num_pairs = load_block((tile + tl.num_programs(0)) // ROW_TILES, blocks_ptr, max_blocks)
         if SMALL_M < BLOCK_M and num_pairs <= SMALL_M:
             _down_tile(
-                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, weights_ptr,
-                hidden_ptr, results_ptr, weights_stride, weights_slot_stride,
-                HIDDEN_SIZE, ROWS, COLUMNS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
+                row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, SMALL_M),
+                words_ptr, scales_ptr, alpha_ptr, weights_ptr, hidden_ptr, results_ptr,
+                weights_stride, weights_slot_stride, HIDDEN_SIZE, ROWS, COLUMNS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _down_tile(
-                tile % ROW_TILES, expert, pairs_ptr, num_pairs, words_ptr, scales_ptr, alpha_ptr, weights_ptr,
-                hidden_ptr, results_ptr, weights_stride, weights_slot_stride,
-                HIDDEN_SIZE, ROWS, COLUMNS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, BLOCK_M),
+                words_ptr, scales_ptr, alpha_ptr, weights_ptr, hidden_ptr, results_ptr,
+                weights_stride, weights_slot_stride, HIDDEN_SIZE, ROWS, COLUMNS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
@@ -417,8 +426,7 @@ def _down_kernel(
 def _down_tile(
     row_tile,
     expert,
-    pairs_ptr,
-    num_pairs,
+    pairs,
     words_ptr,
     scales_ptr,
     alpha_ptr,
@@ -435,16 +443,16 @@ def _down_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    mask = tl.arange(0, BLOCK_M) < num_pairs
-    pair = tl.load(pairs_ptr + tl.arange(0, BLOCK_M), mask=mask, other=0)
+    pair, mask = pairs
+    row = pair // TOP_K
+    weight_ptr = weights_ptr + row * weights_stride + (pair - row * TOP_K) * weights_slot_stride
+    # Before the product, so that the end does not wait for them.
+    factor = tl.load(alpha_ptr + expert) * tl.load(weight_ptr, mask=mask, other=0.0)
     acc = multiply_rows(
         words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
         row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
         hidden_ptr + pair.to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
     )  # fmt: skip
-    row = pair // TOP_K
-    weight_ptr = weights_ptr + row * weights_stride + (pair - row * TOP_K) * weights_slot_stride
-    factor = tl.load(alpha_ptr + expert) * tl.load(weight_ptr, mask=mask, other=0.0)
     column = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     result_ptrs = results_ptr + pair.to(tl.int64)[:, None] * HIDDEN_SIZE + column[None, :]
     result = (acc * factor[None, :]).T.to(results_ptr.dtype.element_ty)

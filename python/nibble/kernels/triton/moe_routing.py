@@ -1,8 +1,9 @@
 """Sorting (row, expert) pairs by expert on the device, in one launch.
 
 A pair is the index ``row * top_k + slot`` into the ids. The pairs of this rank's experts are sorted by expert and then
-by index, and cut into blocks of at most `BLOCK_M` pairs of one expert. A block is its expert, the place of its first
-pair and its number of pairs, in three rows of `max_blocks` int32.
+by index, and cut into blocks of at most `BLOCK_M` pairs of one expert: int32 [max_blocks, BLOCK_M], of which nobody
+writes what an expert does not fill. The experts of the blocks and their numbers of pairs are two rows of `max_blocks`
+int32. So the number of a block leads to all there is to know of it, by loads that do not wait for each other.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -22,11 +23,19 @@ def choose_assign_tiles(num_pairs: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load_block(block, blocks_ptr, sorted_pairs_ptr, max_blocks):
-    """A block's expert (int64), pointer to its pairs and number of pairs."""
-    expert = tl.load(blocks_ptr + block).to(tl.int64)
-    pairs_ptr = sorted_pairs_ptr + tl.load(blocks_ptr + max_blocks + block)
-    return expert, pairs_ptr, tl.load(blocks_ptr + 2 * max_blocks + block)
+def load_block(block, blocks_ptr, max_blocks):
+    """A block's expert (int64) and number of pairs; without meaning where there are fewer blocks."""
+    block_ptr = blocks_ptr + tl.minimum(block, max_blocks - 1)
+    return tl.load(block_ptr).to(tl.int64), tl.load(block_ptr + max_blocks)
+
+
+@triton.jit
+def load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M: tl.constexpr, SIZE: tl.constexpr):
+    """The first `SIZE` pairs of a block, 0 beyond its `num_pairs`; and where there are pairs."""
+    index = tl.arange(0, SIZE)
+    pair = tl.load(sorted_pairs_ptr + block * BLOCK_M + index)  # no mask: it would wait for `num_pairs`
+    mask = index < num_pairs
+    return tl.where(mask, pair, 0), mask
 
 
 @triton.jit
@@ -57,15 +66,14 @@ def assign(
     same = (expert[:, None] == expert[None, :]) & is_local[:, None]
     rank = tl.sum((same & (pair[:, None] < pair[None, :])).to(tl.int32), axis=0)  # among the tile's of its expert
     if SCAN_TILE == TILE:
-        key = tl.where(is_local, expert, NUM_EXPERTS) * TILE + pair
-        is_before = key[:, None] < key[None, :]
-        place = tl.sum(is_before.to(tl.int32), axis=0)
         is_first = is_local & (rank % BLOCK_M == 0)
-        block_ptr = blocks_ptr + tl.sum((is_before & is_first[:, None]).to(tl.int32), axis=0)
+        is_earlier = (expert[:, None] < expert[None, :]) & is_first[:, None]
+        first_block = tl.sum(is_earlier.to(tl.int32), axis=0)  # of its expert
+        place = first_block * BLOCK_M + rank
+        block_ptr = blocks_ptr + place // BLOCK_M
         count = tl.sum(same.to(tl.int32), axis=0)
         tl.store(block_ptr, expert, mask=is_first)
-        tl.store(block_ptr + max_blocks, place, mask=is_first)
-        tl.store(block_ptr + 2 * max_blocks, tl.minimum(count - rank, BLOCK_M), mask=is_first)
+        tl.store(block_ptr + max_blocks, tl.minimum(count - rank, BLOCK_M), mask=is_first)
         tl.store(num_blocks_ptr, tl.sum(is_first.to(tl.int32), axis=0))
     else:
         # Every program counts the pairs of all experts for itself, so that none waits for another.
@@ -82,20 +90,18 @@ def assign(
                 before += counts
             elif start < tile * TILE:
                 before += tl.histogram(scanned_expert, EXPERT_TILE, mask=scanned_is_local & (scanned < tile * TILE))
-        first_place = tl.cumsum(totals, axis=0) - totals
+        num_blocks = (totals + BLOCK_M - 1) // BLOCK_M
+        first_block = tl.cumsum(num_blocks, axis=0) - num_blocks
         experts = tl.arange(0, EXPERT_TILE)
         is_expert = experts[:, None] == expert[None, :]
-        place = rank + tl.sum(tl.where(is_expert, (first_place + before)[:, None], 0), axis=0)
+        place = rank + tl.sum(tl.where(is_expert, (first_block * BLOCK_M + before)[:, None], 0), axis=0)
         if tile == 0:
-            num_blocks = (totals + BLOCK_M - 1) // BLOCK_M
-            first_block = tl.cumsum(num_blocks, axis=0) - num_blocks
             tl.store(num_blocks_ptr, tl.sum(num_blocks, axis=0))
             for index in range(0, tl.max(num_blocks, axis=0)):
                 block_ptr = blocks_ptr + first_block + index
                 mask = index < num_blocks
                 tl.store(block_ptr, experts, mask=mask)
-                tl.store(block_ptr + max_blocks, first_place + index * BLOCK_M, mask=mask)
-                tl.store(block_ptr + 2 * max_blocks, tl.minimum(totals - index * BLOCK_M, BLOCK_M), mask=mask)
+                tl.store(block_ptr + max_blocks, tl.minimum(totals - index * BLOCK_M, BLOCK_M), mask=mask)
     tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
 
 
