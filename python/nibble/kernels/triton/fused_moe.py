@@ -8,8 +8,9 @@ The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in four
 3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
 4. `add_results` adds the results of each row, and quantizes the sum where it belongs into an FP8 row.
 
-Which blocks there are is known on the device only, so a fixed number of programs shares them out. Nothing waits for
-the device, and sizes depend on shapes alone: a CUDA graph can capture a call. Nothing is added in an order that may
+Which blocks there are is known on the device only, so a fixed number of programs shares them out. The host waits for
+nothing, and sizes depend on shapes alone: a CUDA graph can capture a call. The kernels are a chain of
+`nibble.kernels.triton.dependent_launch`. Nothing is added in an order that may
 vary, so the same inputs give the same bits; the order of a row's experts does not matter either.
 """
 
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
+from nibble.kernels.triton.dependent_launch import let_successor_start, overlaps_predecessor, wait_for_predecessor
 from nibble.kernels.triton.moe_results import add_results
 from nibble.kernels.triton.moe_routing import assign, choose_assign_tiles, load_block, load_pairs
 from nibble.kernels.triton.nvfp4_tiles import (
@@ -160,6 +162,7 @@ class Nvfp4MoE:
             BLOCK_K=tiling.step(self.w13.columns),
             num_warps=tiling.num_warps,
             num_stages=tiling.stages(x.device),
+            launch_pdl=overlaps_predecessor(),
             enable_fp_fusion=False,
         )
         _down_kernel[(min(max_programs, max_blocks * self.w2.rows // tiling.block_n),)](
@@ -185,6 +188,7 @@ class Nvfp4MoE:
             BLOCK_K=tiling.step(self.w2.columns),
             num_warps=tiling.num_warps,
             num_stages=tiling.stages(x.device),
+            launch_pdl=overlaps_predecessor(),
         )
         add_results(results, topk_ids, self.first_expert, self.num_local, out)
 
@@ -245,6 +249,7 @@ def _prepare_kernel(
     SCAN_TILE: tl.constexpr,
     UNPACK_TILE: tl.constexpr,
 ):
+    let_successor_start()
     program = tl.program_id(0)
     if program < assign_programs:
         assign(
@@ -313,6 +318,8 @@ def _gate_up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
+    wait_for_predecessor()
+    let_successor_start()
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
     next_expert, next_num_pairs = load_block(tl.program_id(0) // ROW_TILES, blocks_ptr, max_blocks)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -402,6 +409,8 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
 ):
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
+    wait_for_predecessor()
+    let_successor_start()
     num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
     next_expert, next_num_pairs = load_block(tl.program_id(0) // ROW_TILES, blocks_ptr, max_blocks)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nibble.kernels.torch.fp8_row import Fp8RowLayout
+from nibble.kernels.triton.dependent_launch import overlaps_predecessor, wait_for_predecessor
 from nibble.kernels.triton.fp8_row import TILE, store_tile
 
 
@@ -16,7 +17,8 @@ def add_results(results: Tensor, topk_ids: Tensor, first_expert: int, num_expert
 
     `results` [T * K, H], `topk_ids` int32 [T, K]; where an id is none of these `num_experts`, the result is not read.
     The sums are rounded to the dtype of `results`, and left in `out`, contiguous: [T, H], or as FP8 rows, uint8
-    [T, row_bytes], by the contract of `quantize_fp8_rows`. A CUDA graph can capture it. There must be rows.
+    [T, row_bytes], by the contract of `quantize_fp8_rows`. A CUDA graph can capture it. There must be rows. It ends a
+    chain of `nibble.kernels.triton.dependent_launch`, from which `results` may come, but not `topk_ids`.
     """
     rows, top_k = topk_ids.shape
     hidden_size = results.shape[1]
@@ -36,6 +38,7 @@ def add_results(results: Tensor, topk_ids: Tensor, first_expert: int, num_expert
         OUT_STRIDE=out.shape[1],
         TILE=TILE,
         num_warps=4,
+        launch_pdl=overlaps_predecessor(),
     )
 
 
@@ -64,6 +67,7 @@ def _add_results_kernel(
     rank = tl.sum((key[None, :] < key[:, None]).to(tl.int32), axis=1)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     acc = tl.zeros([TILE], tl.float32)
+    wait_for_predecessor()
     for step in tl.static_range(TOP_K):
         local_slot = tl.sum(tl.where((rank == step) & is_local, slot + 1, 0), axis=0) - 1  # or -1
         result_ptr = results_ptr + (row * TOP_K + local_slot).to(tl.int64) * HIDDEN_SIZE + column
