@@ -145,6 +145,21 @@ class TestExperts:
         others += [everybody_takes_one_expert, nobody_is_here]
         assert_replays_what_inputs_hold(lambda: moe(*inputs), inputs, others)
 
+    @pytest.mark.parametrize("rows", [5, 200])
+    def test_calls_in_quick_succession_do_not_disturb_each_other(self, moe: Nvfp4MoE, rows: int) -> None:
+        """They use the same memory, and their kernels start before those before them have ended."""
+        batches = [batch_of(seed, rows).arguments for seed in range(20)]
+        alone = []
+        for batch in batches:
+            alone.append(moe(*batch))
+            torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [moe(*batch) for batch in batches]
+        graph.replay()
+        assert all(map(torch.equal, captured, alone))
+        assert all(map(torch.equal, [moe(*batch) for batch in batches], alone))
+
     def test_nothing_waits_for_the_device(self, moe: Nvfp4MoE) -> None:
         batch = batch_of(11, 40)
         torch.cuda.set_sync_debug_mode("error")
