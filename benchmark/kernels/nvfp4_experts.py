@@ -26,9 +26,10 @@ from torch import Tensor
 from wire_row import measure_copy_bandwidth, median_seconds, time_calls
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
-from nibble.kernels.triton.fused_moe import Nvfp4MoE, _prepare_kernel
+from nibble.kernels.triton.fused_moe import Nvfp4MoE
+from nibble.kernels.triton.moe_prepare import prepare
 from nibble.kernels.triton.moe_results import add_results
-from nibble.kernels.triton.moe_routing import choose_assign_tiles, load_block, load_pairs
+from nibble.kernels.triton.moe_routing import load_block, load_pairs
 from nibble.kernels.triton.nvfp4_linear import Nvfp4Linear
 
 LINEAR_SHAPES = [(2112, 7168), (7168, 16384), (5120, 2048)]  # out, in
@@ -215,25 +216,16 @@ class Bf16Experts:
         block_m, block_n, block_k, num_warps, num_stages = tiling
         model, (rows, top_k) = self.model, topk_ids.shape
         pairs = rows * top_k
-        used_experts = min(pairs, model.local_experts)
-        max_blocks = used_experts + (pairs - used_experts) // block_m
-        blocks, num_blocks = topk_ids.new_empty(2, max_blocks), topk_ids.new_empty(1)
-        sorted_pairs = topk_ids.new_empty(max_blocks, block_m)
         hidden, results = x.new_empty(pairs, model.intermediate), x.new_empty(pairs, model.hidden)
         out = torch.empty_like(x)
-        assign_tile, scan_tile = choose_assign_tiles(pairs)
-        assign_programs = triton.cdiv(pairs, assign_tile)
-        _prepare_kernel[(assign_programs,)](
-            x, x, topk_ids, sorted_pairs, blocks, num_blocks, x, 0, 0, *topk_ids.stride(), rows, 0, max_blocks,
-            assign_programs, model.hidden, model.hidden, top_k, model.local_experts, model.local_experts,
-            block_m, assign_tile, scan_tile, 1024, num_warps=8,
-        )  # fmt: skip
+        blocks = prepare(x, x, topk_ids, 0, model.local_experts, block_m, x[:, :0])
         shared = dict(TOP_K=top_k, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
         shared |= dict(num_warps=num_warps, num_stages=num_stages)
         programs = torch.cuda.get_device_properties(0).multi_processor_count * (1 if num_warps == 8 else 2)
         for source, weights, target, factors in ((x, self.w13, hidden, None), (hidden, self.w2, results, topk_weights)):
             _bf16_kernel[(programs,)](
-                weights, source, factors, sorted_pairs, blocks, num_blocks, target, max_blocks,
+                weights, source, factors, blocks.pairs, blocks.experts_and_counts, blocks.num_blocks, target,
+                blocks.max_blocks,
                 ROWS=weights.shape[1], COLUMNS=weights.shape[2], GATED=factors is None, **shared,
             )  # fmt: skip
         add_results(results, topk_ids, 0, model.local_experts, out)

@@ -22,7 +22,8 @@ from nibble.kernels.triton.fp8_row import quantize_fp8_rows, sum_fp8_rows
 from nibble.kernels.triton.kv_cache import store_kv
 from nibble.kernels.triton.latent import rope_latent
 from nibble.kernels.triton.latent_attention import latent_decode
-from nibble.kernels.triton.moe_routing import choose_assign_tiles
+from nibble.kernels.triton.moe_prepare import prepare
+from nibble.kernels.triton.moe_routing import choose_assign_tile
 from nibble.kernels.triton.norm import qk_norm_rope
 from nibble.kernels.triton.peer_combine import peer_combine, sum_over_hosts
 from nibble.kernels.triton.peer_dispatch import peer_dispatch, peer_store
@@ -118,12 +119,16 @@ def launch_experts(moe: Moe, choices: bool) -> None:
     layout = WireRowLayout(hidden, moe.top_k)
     for rows in row_counts(
         choices,
-        lambda rows: fused_moe.choose_tiling(rows * moe.top_k / moe.num_experts),
-        lambda rows: choose_assign_tiles(rows * moe.top_k),
+        lambda rows: fused_moe.choose_tilings(rows * moe.top_k / moe.num_experts),
+        lambda rows: choose_assign_tile(rows * moe.top_k),
     ):
         gathered = view_rows(uint8(rows, layout.row_bytes), layout)
         for out in (None, uint8(rows, Fp8RowLayout(hidden).row_bytes)):
             experts(gathered.x_fp4, gathered.x_scale, gathered.topk_ids, gathered.topk_weights, out)
+    many = view_rows(
+        uint8(MANY_ROWS, layout.row_bytes), layout
+    )  # of which one kernel counts pairs, and one places them
+    prepare(many.x_fp4, many.x_scale, many.topk_ids, local, local, 128, meta(MANY_ROWS, hidden, dtype=torch.float16))
 
 
 def launch_linear(out_features: int, in_features: int, choices: bool) -> None:

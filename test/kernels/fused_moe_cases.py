@@ -123,7 +123,7 @@ def assert_like_torch(packed: PackedNvfp4Experts, batch: Batch, first_expert: in
 
 
 def use_tiling(patch: pytest.MonkeyPatch, tiling: Tiling) -> None:
-    patch.setattr(fused_moe, "choose_tiling", lambda pairs_per_expert: tiling)
+    patch.setattr(fused_moe, "choose_tilings", lambda pairs_per_expert: (tiling, tiling))
 
 
 def assert_leaves_result_where_told(moe: Experts, batch: Batch, hidden: int) -> None:

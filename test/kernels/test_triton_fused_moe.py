@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fused_moe_cases as cases
 from nibble.kernels.torch.wire_row import WireRowLayout, unpack
-from nibble.kernels.triton import fused_moe
+from nibble.kernels.triton import fused_moe, moe_prepare
 from nibble.kernels.triton.fused_moe import Nvfp4MoE
 from nibble.kernels.triton.nvfp4_tiles import Tiling
 from wire_row_cases import poisoned_allocations
@@ -98,9 +98,13 @@ class TestRouting:
         batch = batch_of(7, 20)
         assert not run(replace(batch, topk_ids=torch.full_like(batch.topk_ids, -1))).any()
 
-    def test_more_pairs_than_one_program_places_or_counts_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fused_moe, "choose_assign_tiles", lambda num_pairs: (16, 32))
+    @pytest.mark.parametrize("counted_tiles", [4, 16])
+    def test_more_pairs_than_one_program_places(self, monkeypatch: pytest.MonkeyPatch, counted_tiles: int) -> None:
+        """One kernel counts and another places, which looks at what was counted in several rounds or one."""
+        monkeypatch.setattr(moe_prepare, "choose_assign_tile", lambda num_pairs: 16)
+        monkeypatch.setattr(moe_prepare, "COUNTED_TILES", counted_tiles)
         cases.assert_like_torch(PACKED, batch_of(8, 61))
+        cases.assert_like_torch(PACKED, batch_of(8, 61), first_expert=2)
 
     def test_rows_of_several_passes_are_the_rows_of_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         batch = batch_of(9, 10)
@@ -159,7 +163,7 @@ class TestViews:
 
 def test_zero_rows_launch_nothing_and_keep_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = Nvfp4MoE(PACKED, 0)
-    for kernel in ("_prepare_kernel", "_gate_up_kernel", "_down_kernel", "add_results"):
+    for kernel in ("prepare", "_gate_up_kernel", "_down_kernel", "add_results"):
         monkeypatch.setattr(fused_moe, kernel, None)
     out = moe(*(tensor[:0] for tensor in batch_of(17, 1).arguments))
     assert (out.shape, out.dtype) == ((0, HIDDEN), torch.bfloat16)

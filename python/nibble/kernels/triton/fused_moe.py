@@ -1,17 +1,17 @@
 """The routed NVFP4 experts of one rank on GPUs without FP4 tensor cores (sm80 and later).
 
-The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in four kernels:
+The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in a chain of kernels:
 
-1. `_prepare_kernel` sorts the (row, expert) pairs of this rank by expert, into blocks of pairs of one expert, and
-   unpacks the rows to fp16;
+1. `prepare` sorts the (row, expert) pairs of this rank by expert, into blocks of pairs of one expert, and unpacks the
+   rows to fp16;
 2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result;
 3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
 4. `add_results` adds the results of each row, and quantizes the sum where it belongs into an FP8 row.
 
 Which blocks there are is known on the device only, so a fixed number of programs shares them out. The host waits for
-nothing, and sizes depend on shapes alone: a CUDA graph can capture a call. The kernels are a chain of
-`nibble.kernels.triton.dependent_launch`. Nothing is added in an order that may
-vary, so the same inputs give the same bits; the order of a row's experts does not matter either.
+nothing, and sizes depend on shapes alone: a CUDA graph can capture a call. The chain is one of
+`nibble.kernels.triton.dependent_launch`. Nothing is added in an order that may vary, so the same inputs give the same
+bits; the order of a row's experts does not matter either.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -23,14 +23,13 @@ from torch import Tensor
 
 from nibble.kernels.torch.fused_moe import PackedNvfp4Experts
 from nibble.kernels.triton.dependent_launch import let_successor_start, overlaps_predecessor, wait_for_predecessor
+from nibble.kernels.triton.moe_prepare import prepare
 from nibble.kernels.triton.moe_results import add_results
-from nibble.kernels.triton.moe_routing import assign, choose_assign_tiles, load_block, load_pairs
+from nibble.kernels.triton.moe_routing import load_block, load_pairs
 from nibble.kernels.triton.nvfp4_tiles import (
     WEIGHT_UNIT,
     NvFp4Tiles,
     Tiling,
-    e2m1_value,
-    e4m3_value,
     fake_quantize,
     multiply_rows,
     num_multiprocessors,
@@ -40,20 +39,26 @@ from nibble.kernels.triton.nvfp4_tiles import (
 
 # Rows of one pass: beyond, the results of all pairs would take more memory than they save time.
 _MAX_ROWS = 4096
-_UNPACK_TILE = 1024  # words of eight values that one program unpacks
+_ONE_A_TILE = 99  # programs a multiprocessor: more than there are tiles, so that none takes several
 
 
-def choose_tiling(pairs_per_expert: float) -> Tiling:
-    """By the mean number of pairs, so that most experts need one block."""
+def choose_tilings(pairs_per_expert: float) -> tuple[Tiling, Tiling]:
+    """Of gate and up, and of down, with the same `block_m`: by the mean number of pairs, so that most experts need one
+    block. They are the fastest of many on an H200.
+    """
+    if pairs_per_expert <= 0.2:  # too few tiles of 128 for all multiprocessors
+        return (Tiling(16, 16, 64, 128, 4, 4, _ONE_A_TILE),) * 2
+    if pairs_per_expert <= 0.3:
+        return Tiling(16, 16, 64, 256, 4, 4, _ONE_A_TILE), Tiling(16, 16, 128, 128, 4, 4, _ONE_A_TILE)
     if pairs_per_expert <= 3:
-        return Tiling(16, 16, 64, 128, 4, 6, 4)
+        return (Tiling(16, 16, 128, 128, 4, 4, _ONE_A_TILE),) * 2
     if pairs_per_expert <= 12:
-        return Tiling(16, 16, 128, 128, 4, 4, 3)
+        return (Tiling(16, 16, 128, 128, 4, 4, 3),) * 2
     if pairs_per_expert <= 20:
-        return Tiling(32, 32, 64, 128, 4, 4, 4)
+        return (Tiling(32, 16, 128, 128, 4, 4, 2),) * 2
     if pairs_per_expert <= 64:
-        return Tiling(64, 64, 128, 128, 4, 3, 2)
-    return Tiling(128, 32, 64, 128, 4, 3, 2)
+        return Tiling(64, 64, 128, 128, 8, 3, _ONE_A_TILE), Tiling(64, 64, 128, 128, 4, 3, 2)
+    return Tiling(128, 32, 128, 128, 8, 3, _ONE_A_TILE), Tiling(128, 32, 64, 128, 4, 3, _ONE_A_TILE)
 
 
 class Nvfp4MoE:
@@ -99,60 +104,23 @@ class Nvfp4MoE:
     def _run(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor) -> None:
         rows, top_k = topk_ids.shape
         pairs = rows * top_k
-        tiling = choose_tiling(pairs / self.num_experts)
-        # Every expert with pairs may leave one block partly empty.
-        used_experts = min(pairs, self.num_local)
-        max_blocks = used_experts + (pairs - used_experts) // tiling.block_m
-        blocks = topk_ids.new_empty(2, max_blocks)
-        num_blocks = topk_ids.new_empty(1)
-        sorted_pairs = topk_ids.new_empty(max_blocks, tiling.block_m)
+        tiling, down_tiling = choose_tilings(pairs / self.num_experts)
         x = x_fp4.new_empty(rows, self.w13.columns, dtype=torch.float16)
         hidden = x.new_empty(pairs, self.w2.columns)
         results = out.new_empty(pairs, self.hidden_size, dtype=self.dtype)
 
-        x_fp4 = _word_aligned(x_fp4)
-        assign_tile, scan_tile = choose_assign_tiles(pairs)
-        assign_programs = triton.cdiv(pairs, assign_tile)
-        unpack_programs = triton.cdiv(rows * self.w13.columns // 8, _UNPACK_TILE)
-        _prepare_kernel[(assign_programs + unpack_programs,)](
-            x_fp4,
-            x_scale.view(torch.uint8),
-            topk_ids,
-            sorted_pairs,
-            blocks,
-            num_blocks,
-            x,
-            x_fp4.stride(0),
-            x_scale.stride(0),
-            topk_ids.stride(0),
-            topk_ids.stride(1),
-            rows,
-            self.first_expert,
-            max_blocks,
-            assign_programs,
-            HIDDEN_SIZE=self.hidden_size,
-            PADDED_SIZE=self.w13.columns,
-            TOP_K=top_k,
-            NUM_EXPERTS=self.num_local,
-            EXPERT_TILE=triton.next_power_of_2(self.num_local),
-            BLOCK_M=tiling.block_m,
-            ASSIGN_TILE=assign_tile,
-            SCAN_TILE=scan_tile,
-            UNPACK_TILE=_UNPACK_TILE,
-            num_warps=8,
-        )
-        max_programs = num_multiprocessors(x.device) * tiling.programs_per_multiprocessor
-        _gate_up_kernel[(min(max_programs, max_blocks * self.w13.rows // tiling.block_n),)](
+        blocks = prepare(x_fp4, x_scale, topk_ids, self.first_expert, self.num_local, tiling.block_m, x)
+        _gate_up_kernel[_grid(tiling, blocks.max_blocks, self.w13)](
             self.w13.words,
             self.w13.scales,
             self.g1_gate_up,
             self.w2_input_scale,
             x,
-            sorted_pairs,
-            blocks,
-            num_blocks,
+            blocks.pairs,
+            blocks.experts_and_counts,
+            blocks.num_blocks,
             hidden,
-            max_blocks,
+            blocks.max_blocks,
             ROWS=self.w13.rows,
             COLUMNS=self.w13.columns,
             TOP_K=top_k,
@@ -165,32 +133,37 @@ class Nvfp4MoE:
             launch_pdl=overlaps_predecessor(),
             enable_fp_fusion=False,
         )
-        _down_kernel[(min(max_programs, max_blocks * self.w2.rows // tiling.block_n),)](
+        _down_kernel[_grid(down_tiling, blocks.max_blocks, self.w2)](
             self.w2.words,
             self.w2.scales,
             self.g2,
             topk_weights,
             hidden,
-            sorted_pairs,
-            blocks,
-            num_blocks,
+            blocks.pairs,
+            blocks.experts_and_counts,
+            blocks.num_blocks,
             results,
             topk_weights.stride(0),
             topk_weights.stride(1),
-            max_blocks,
+            blocks.max_blocks,
             HIDDEN_SIZE=self.hidden_size,
             ROWS=self.w2.rows,
             COLUMNS=self.w2.columns,
             TOP_K=top_k,
-            BLOCK_M=tiling.block_m,
-            SMALL_M=tiling.small_m,
-            BLOCK_N=tiling.block_n,
-            BLOCK_K=tiling.step(self.w2.columns),
-            num_warps=tiling.num_warps,
-            num_stages=tiling.stages(x.device),
+            BLOCK_M=down_tiling.block_m,
+            SMALL_M=down_tiling.small_m,
+            BLOCK_N=down_tiling.block_n,
+            BLOCK_K=down_tiling.step(self.w2.columns),
+            num_warps=down_tiling.num_warps,
+            num_stages=down_tiling.stages(x.device),
             launch_pdl=overlaps_predecessor(),
         )
         add_results(results, topk_ids, self.first_expert, self.num_local, out)
+
+
+def _grid(tiling: Tiling, max_blocks: int, weights: NvFp4Tiles) -> tuple[int]:
+    most = num_multiprocessors(weights.words.device) * tiling.programs_per_multiprocessor
+    return (min(most, max_blocks * weights.rows // tiling.block_n),)
 
 
 def _pack_stack(values: Tensor, scales: Tensor) -> NvFp4Tiles:
@@ -214,87 +187,6 @@ def _interleave_gate_up(w13: Tensor) -> Tensor:
     blocks = padded.view(experts, 2, -1, 4, 2, 16, *rest).transpose(3, 4)
     eights = blocks.reshape(experts, 2, -1, 8, *rest)
     return eights.transpose(1, 2).reshape(experts, -1, *rest)
-
-
-def _word_aligned(x_fp4: Tensor) -> Tensor:
-    """`x_fp4`, with rows that can be read in words of 4 bytes. Copies only if it has to."""
-    aligned = x_fp4.stride(1) == 1 and x_fp4.stride(0) % 4 == 0 and x_fp4.data_ptr() % 4 == 0
-    return x_fp4 if aligned else x_fp4.clone(memory_format=torch.contiguous_format)
-
-
-@triton.jit(do_not_specialize=["num_rows", "first_expert", "max_blocks", "assign_programs"])
-def _prepare_kernel(
-    x_fp4_ptr,
-    x_scale_ptr,
-    ids_ptr,
-    sorted_pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    x_ptr,
-    x_fp4_stride,
-    x_scale_stride,
-    ids_stride,
-    ids_slot_stride,
-    num_rows,
-    first_expert,
-    max_blocks,
-    assign_programs,
-    HIDDEN_SIZE: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    EXPERT_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ASSIGN_TILE: tl.constexpr,
-    SCAN_TILE: tl.constexpr,
-    UNPACK_TILE: tl.constexpr,
-):
-    let_successor_start()
-    program = tl.program_id(0)
-    if program < assign_programs:
-        assign(
-            program, ids_ptr, sorted_pairs_ptr, blocks_ptr, num_blocks_ptr, ids_stride, ids_slot_stride,
-            num_rows * TOP_K, first_expert, max_blocks,
-            TOP_K, NUM_EXPERTS, EXPERT_TILE, BLOCK_M, ASSIGN_TILE, SCAN_TILE,
-        )  # fmt: skip
-    else:
-        _unpack_rows(
-            program - assign_programs, x_fp4_ptr, x_scale_ptr, x_ptr, x_fp4_stride, x_scale_stride, num_rows,
-            HIDDEN_SIZE, PADDED_SIZE, UNPACK_TILE,
-        )  # fmt: skip
-
-
-@triton.jit
-def _unpack_rows(
-    tile,
-    x_fp4_ptr,
-    x_scale_ptr,
-    x_ptr,
-    x_fp4_stride,
-    x_scale_stride,
-    num_rows,
-    HIDDEN_SIZE: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Words of eight codes to fp16 in tile order, zeros for padding."""
-    ROW_WORDS: tl.constexpr = PADDED_SIZE // 8
-    index = tile * TILE + tl.arange(0, TILE)
-    row = (index // ROW_WORDS).to(tl.int64)
-    column = index % ROW_WORDS
-    in_row = row < num_rows
-    mask = in_row & (column < HIDDEN_SIZE // 8)
-    word_ptr = (x_fp4_ptr + row * x_fp4_stride).to(tl.pointer_type(tl.int32), bitcast=True) + column
-    word = tl.load(word_ptr, mask=mask, other=0)
-    scale_byte = tl.load(x_scale_ptr + row * x_scale_stride + column // 2, mask=mask, other=0)
-    scale = e4m3_value(scale_byte.to(tl.int32)) * 2.0**14
-    # Code 4 p + j of word 4 t + b of a chunk.
-    place = column // 16 * 128 + column % 4 * 8 + column % 16 // 4 * 2
-    place_ptr = (x_ptr + row * PADDED_SIZE + place)[:, None] + tl.arange(0, 2)[None, :]
-    for j in tl.static_range(4):
-        even = e2m1_value((word >> (4 * j)) & 15) * scale
-        odd = e2m1_value((word >> (4 * j + 16)) & 15) * scale
-        tl.store(place_ptr + 32 * j, tl.join(even, odd).to(tl.float16), mask=in_row[:, None])
 
 
 @triton.jit(do_not_specialize=["max_blocks"])

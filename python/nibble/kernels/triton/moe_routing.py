@@ -1,4 +1,4 @@
-"""Sorting (row, expert) pairs by expert on the device, in one launch.
+"""Sorting (row, expert) pairs by expert on the device: in one launch, or two where there are many.
 
 A pair is the index ``row * top_k + slot`` into the ids. The pairs of this rank's experts are sorted by expert and then
 by index, and cut into blocks of at most `BLOCK_M` pairs of one expert: int32 [max_blocks, BLOCK_M], of which nobody
@@ -12,14 +12,12 @@ import triton
 import triton.language as tl
 
 _TILE = 128
+COUNTED_TILES = 32
 
 
-def choose_assign_tiles(num_pairs: int) -> tuple[int, int]:
-    """How many pairs a program of `assign` places, and how many it counts at once."""
-    if num_pairs <= _TILE:
-        tile = max(32, triton.next_power_of_2(num_pairs))
-        return tile, tile
-    return (_TILE, 1024) if num_pairs <= 4096 else (_TILE, 4096)
+def choose_assign_tile(num_pairs: int) -> int:
+    """How many pairs a program places. If that is all, `assign` does it, otherwise `count` and then `place`."""
+    return min(_TILE, max(32, triton.next_power_of_2(num_pairs)))
 
 
 @triton.jit
@@ -40,8 +38,66 @@ def load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M: tl.constexpr, SIZE: 
 
 @triton.jit
 def assign(
+    ids_ptr,
+    sorted_pairs_ptr,
+    blocks_ptr,
+    num_blocks_ptr,
+    ids_stride,
+    ids_slot_stride,
+    num_pairs,
+    first_expert,
+    max_blocks,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Places all pairs, at most `TILE`, and lists the blocks."""
+    pair = tl.arange(0, TILE)
+    expert, is_local = _local_expert(
+        pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
+    )
+    same, rank = _rank(pair, expert, is_local)
+    is_first = is_local & (rank % BLOCK_M == 0)
+    is_earlier = (expert[:, None] < expert[None, :]) & is_first[:, None]
+    first_block = tl.sum(is_earlier.to(tl.int32), axis=0)  # of its expert
+    place = first_block * BLOCK_M + rank
+    block_ptr = blocks_ptr + place // BLOCK_M
+    count = tl.sum(same.to(tl.int32), axis=0)
+    tl.store(block_ptr, expert, mask=is_first)
+    tl.store(block_ptr + max_blocks, tl.minimum(count - rank, BLOCK_M), mask=is_first)
+    tl.store(num_blocks_ptr, tl.sum(is_first.to(tl.int32), axis=0))
+    tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
+
+
+@triton.jit
+def count(
     tile,
     ids_ptr,
+    counts_ptr,
+    ids_stride,
+    ids_slot_stride,
+    num_pairs,
+    first_expert,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERT_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """How many pairs of a tile each expert has: a row of int32 [tiles, EXPERT_TILE]."""
+    pair = tile * TILE + tl.arange(0, TILE)
+    expert, is_local = _local_expert(
+        pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
+    )
+    count_ptr = counts_ptr + tile * EXPERT_TILE + tl.arange(0, EXPERT_TILE)
+    tl.store(count_ptr, tl.histogram(expert, EXPERT_TILE, mask=is_local))
+
+
+@triton.jit
+def place(
+    tile,
+    ids_ptr,
+    counts_ptr,
     sorted_pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
@@ -55,54 +111,46 @@ def assign(
     EXPERT_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
-    SCAN_TILE: tl.constexpr,
+    COUNTED_TILES: tl.constexpr,
 ):
-    """Places the pairs of a tile; program 0 also lists the blocks. With one tile, `SCAN_TILE` is `TILE`."""
+    """Places the pairs of a tile; program 0 also lists the blocks. All tiles have been counted."""
+    num_tiles = tl.cdiv(num_pairs, TILE)
+    totals = tl.zeros([EXPERT_TILE], tl.int32)
+    before = tl.zeros([EXPERT_TILE], tl.int32)  # of which in earlier tiles
+    for start in range(0, num_tiles, COUNTED_TILES):
+        counted = (start + tl.arange(0, COUNTED_TILES))[:, None]
+        count_ptr = counts_ptr + counted * EXPERT_TILE + tl.arange(0, EXPERT_TILE)[None, :]
+        counts = tl.load(count_ptr, mask=counted < num_tiles, other=0)
+        totals += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where(counted < tile, counts, 0), axis=0)
     pair = tile * TILE + tl.arange(0, TILE)
     expert, is_local = _local_expert(
         pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
     )
-    # [other pair, pair of the result]: then little of a sum crosses threads.
-    same = (expert[:, None] == expert[None, :]) & is_local[:, None]
-    rank = tl.sum((same & (pair[:, None] < pair[None, :])).to(tl.int32), axis=0)  # among the tile's of its expert
-    if SCAN_TILE == TILE:
-        is_first = is_local & (rank % BLOCK_M == 0)
-        is_earlier = (expert[:, None] < expert[None, :]) & is_first[:, None]
-        first_block = tl.sum(is_earlier.to(tl.int32), axis=0)  # of its expert
-        place = first_block * BLOCK_M + rank
-        block_ptr = blocks_ptr + place // BLOCK_M
-        count = tl.sum(same.to(tl.int32), axis=0)
-        tl.store(block_ptr, expert, mask=is_first)
-        tl.store(block_ptr + max_blocks, tl.minimum(count - rank, BLOCK_M), mask=is_first)
-        tl.store(num_blocks_ptr, tl.sum(is_first.to(tl.int32), axis=0))
-    else:
-        # Every program counts the pairs of all experts for itself, so that none waits for another.
-        totals = tl.zeros([EXPERT_TILE], tl.int32)
-        before = tl.zeros([EXPERT_TILE], tl.int32)  # of which in earlier tiles
-        for start in range(0, num_pairs, SCAN_TILE):
-            scanned = start + tl.arange(0, SCAN_TILE)
-            scanned_expert, scanned_is_local = _local_expert(
-                scanned, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
-            )
-            counts = tl.histogram(scanned_expert, EXPERT_TILE, mask=scanned_is_local)
-            totals += counts
-            if start + SCAN_TILE <= tile * TILE:
-                before += counts
-            elif start < tile * TILE:
-                before += tl.histogram(scanned_expert, EXPERT_TILE, mask=scanned_is_local & (scanned < tile * TILE))
-        num_blocks = (totals + BLOCK_M - 1) // BLOCK_M
-        first_block = tl.cumsum(num_blocks, axis=0) - num_blocks
-        experts = tl.arange(0, EXPERT_TILE)
-        is_expert = experts[:, None] == expert[None, :]
-        place = rank + tl.sum(tl.where(is_expert, (first_block * BLOCK_M + before)[:, None], 0), axis=0)
-        if tile == 0:
-            tl.store(num_blocks_ptr, tl.sum(num_blocks, axis=0))
-            for index in range(0, tl.max(num_blocks, axis=0)):
-                block_ptr = blocks_ptr + first_block + index
-                mask = index < num_blocks
-                tl.store(block_ptr, experts, mask=mask)
-                tl.store(block_ptr + max_blocks, tl.minimum(totals - index * BLOCK_M, BLOCK_M), mask=mask)
+    _, rank = _rank(pair, expert, is_local)
+    num_blocks = (totals + BLOCK_M - 1) // BLOCK_M
+    first_block = tl.cumsum(num_blocks, axis=0) - num_blocks
+    experts = tl.arange(0, EXPERT_TILE)
+    is_expert = experts[:, None] == expert[None, :]
+    place = rank + tl.sum(tl.where(is_expert, (first_block * BLOCK_M + before)[:, None], 0), axis=0)
     tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
+    if tile == 0:
+        tl.store(num_blocks_ptr, tl.sum(num_blocks, axis=0))
+        for index in range(0, tl.max(num_blocks, axis=0)):
+            block_ptr = blocks_ptr + first_block + index
+            mask = index < num_blocks
+            tl.store(block_ptr, experts, mask=mask)
+            tl.store(block_ptr + max_blocks, tl.minimum(totals - index * BLOCK_M, BLOCK_M), mask=mask)
+
+
+@triton.jit
+def _rank(pair, expert, is_local):
+    """Which pairs of a tile have the same expert, [other pair, pair], and each pair's place among those of its expert.
+
+    That way round little of a sum crosses threads.
+    """
+    same = (expert[:, None] == expert[None, :]) & is_local[:, None]
+    return same, tl.sum((same & (pair[:, None] < pair[None, :])).to(tl.int32), axis=0)
 
 
 @triton.jit
