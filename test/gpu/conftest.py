@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from gpu_lock import GpuLock
+from gpu_ranks import cores_each, num_workers
 
 COMPILERS_SECONDS = 400
 LATER = (
     "test_peer_memory.py", "test_peer_hosts_gpu.py", "test_pynccl.py", "test_splits_gpu.py",
+    "test_engine_gpu.py", "test_cuda_graphs.py", "test_overlap_gpu.py",
     "test_flashinfer_norms.py", "test_flashinfer_attention.py", "test_deepseek_gpu.py", "test_launches_gpu.py",
-    "test_cuda_graphs.py", "test_engine_gpu.py", "test_overlap_gpu.py", "test_memory_given_back.py",
-    "test_missing_ranks.py",
+    "test_memory_given_back.py", "test_missing_ranks.py",
 )  # fmt: skip
 """They come after all others, in this order. Those behind the first line need FlashInfer, whose compilers take minutes
 that the first line fills. Who leaves kernels behind on purpose comes last.
@@ -49,22 +50,27 @@ def place(item: pytest.Item) -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nccl_of_several_workers() -> None:
-    """What all of them launch at once must fit on the GPU, or collectives wait for each other for ever."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+def share_of_the_machine() -> None:
+    """What all workers launch at once must fit on the GPU, or collectives wait for each other for ever; and their
+    oracles on the cores.
+    """
+    workers = num_workers()
     if workers > 1:
         os.environ["NCCL_MAX_NCHANNELS"] = str(max(1, 8 // workers))
+        torch.set_num_threads(cores_each(1))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def flashinfer_compilers(request: pytest.FixtureRequest) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """In the background, while the first tests run: it takes minutes, and those that need it come later."""
-    script = str(Path(__file__).with_name("compile_flashinfer.py"))
+    """The first worker's run in the background, while the first tests do: it takes minutes, and those that need it come
+    later. Others' begin when one of them does, and find everything compiled, or wait for it.
+    """
+    compilers: list[subprocess.Popen[bytes]] = []
     is_needed = torch.cuda.is_available() and any(map(needs_flashinfer, request.session.items))
-    compilers = [
-        subprocess.Popen([sys.executable, script, kind], start_new_session=True)
-        for kind in (("64", "128", "mla") if is_needed else ())
-    ]
+    if is_needed:
+        if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
+            start(compilers)
+        os.nice(5)  # everybody waits for the compilers in the end
     yield compilers
     for compiler in compilers:
         with contextlib.suppress(ProcessLookupError):  # it has ended, and what it started as well
@@ -72,9 +78,17 @@ def flashinfer_compilers(request: pytest.FixtureRequest) -> Iterator[list[subpro
         compiler.wait()
 
 
+def start(compilers: list[subprocess.Popen[bytes]]) -> None:
+    script = str(Path(__file__).with_name("compile_flashinfer.py"))
+    for kind in ("64", "128", "mla"):
+        compilers.append(subprocess.Popen([sys.executable, script, kind], start_new_session=True))
+
+
 @pytest.fixture
 def flashinfer(flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
     """Compiled, and no compiler uses the GPU any more. For tests that use it, also in processes of their own."""
+    if not flashinfer_compilers:
+        start(flashinfer_compilers)
     assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)
 
 
