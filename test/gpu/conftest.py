@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpu_lock import GpuLock
+from compile_flashinfer import KINDS
+from gpu_lock import gpu_held
 from gpu_ranks import cores_each, num_workers
 
 COMPILERS_SECONDS = 400
@@ -20,7 +20,7 @@ LATER = (
     "test_peer_memory.py", "test_peer_hosts_gpu.py", "test_pynccl.py", "test_splits_gpu.py",
     "test_engine_gpu.py", "test_cuda_graphs.py", "test_overlap_gpu.py",
     "test_flashinfer_norms.py", "test_flashinfer_attention.py", "test_deepseek_gpu.py", "test_launches_gpu.py",
-    "test_memory_given_back.py", "test_missing_ranks.py",
+    "test_flashinfer_mla.py", "test_memory_given_back.py", "test_missing_ranks.py",
 )  # fmt: skip
 """They come after all others, in this order. Those behind the first line need FlashInfer, whose compilers take minutes
 that the first line fills. Who leaves kernels behind on purpose comes last.
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def needs_flashinfer(item: pytest.Item) -> bool:
-    return "flashinfer" in getattr(item, "fixturenames", ())
+    return not {"flashinfer", "gpu_alone"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 def place(item: pytest.Item) -> int:
@@ -80,11 +80,11 @@ def flashinfer_compilers(request: pytest.FixtureRequest) -> Iterator[list[subpro
 
 def start(compilers: list[subprocess.Popen[bytes]]) -> None:
     script = str(Path(__file__).with_name("compile_flashinfer.py"))
-    for kind in ("64", "128", "mla"):
+    for kind in KINDS:
         compilers.append(subprocess.Popen([sys.executable, script, kind], start_new_session=True))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def flashinfer(flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
     """Compiled, and no compiler uses the GPU any more. For tests that use it, also in processes of their own."""
     if not flashinfer_compilers:
@@ -92,9 +92,20 @@ def flashinfer(flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
     assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)
 
 
+@pytest.fixture(scope="module")
+def gpu_alone(flashinfer: None) -> Iterator[None]:
+    """No test of another worker uses the GPU while those of this module do, nor does a compiler."""
+    with gpu_held(alone=True):
+        yield
+
+
 @pytest.fixture(autouse=True)
-def gpu_lock(request: pytest.FixtureRequest) -> Iterator[GpuLock]:
+def gpu_lock(request: pytest.FixtureRequest) -> Iterator[None]:
     if needs_flashinfer(request.node):
         request.getfixturevalue("flashinfer")  # before: who waits for compilers keeps nobody from the GPU
-    with ExitStack() as stack:
-        yield GpuLock(stack)
+    if "gpu_alone" in request.fixturenames:
+        request.getfixturevalue("gpu_alone")
+        yield
+    else:
+        with gpu_held(alone=False):
+            yield

@@ -3,26 +3,19 @@
 import fcntl
 import os
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 
-class GpuLock:
-    """Workers of pytest-xdist share the GPU; a test that measures all of it takes it `alone`."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        """Shared until `stack` ends."""
-        self._gate, self._gpu = (_opened(name, stack) for name in ("gate", "gpu"))
-        self._take(fcntl.LOCK_SH)
-
-    def alone(self) -> None:
-        """Waits for the tests that run, and lets no other one begin before this one's end."""
-        self._take(fcntl.LOCK_EX)
-
-    def _take(self, kind: int) -> None:
-        fcntl.flock(self._gpu, fcntl.LOCK_UN)  # or two that both want it alone wait for each other's share
-        fcntl.flock(self._gate, fcntl.LOCK_EX)  # so that nobody overtakes who waits
-        fcntl.flock(self._gpu, kind)
-        fcntl.flock(self._gate, fcntl.LOCK_UN)
+@contextmanager
+def gpu_held(alone: bool) -> Iterator[None]:
+    """Workers of pytest-xdist share it. Who wants it `alone` waits for the others, and nobody overtakes who waits."""
+    with ExitStack() as stack:
+        gate, gpu = (_opened(name, stack) for name in ("gate", "gpu"))
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 def _opened(name: str, stack: ExitStack) -> int:

@@ -7,16 +7,14 @@ import pytest
 
 import peer_memory_ranks
 import pynccl_ranks
-from gpu_lock import GpuLock
 from gpu_ranks import gpu_ranks
 from rank_processes import RankProcesses
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flashinfer")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu_alone")]
 
 
 @pytest.fixture
-def ranks(tmp_path_factory: pytest.TempPathFactory, gpu_lock: GpuLock) -> Iterator[RankProcesses]:
-    gpu_lock.alone()
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
     with gpu_ranks(4, tmp_path_factory) as processes:
         yield processes
 

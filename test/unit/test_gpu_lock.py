@@ -4,13 +4,12 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
-from gpu_lock import GpuLock
+from gpu_lock import gpu_held
 
 SOON = 0.1
 LONG = 20.0
@@ -24,38 +23,51 @@ def locks_of_this_test(tmp_path, monkeypatch):
 class Worker:
     """A test that runs in a process of its own, as far as the lock is concerned."""
 
-    def __init__(self):
-        self.test = ExitStack()
-        self.lock = GpuLock(self.test)
-        self.is_alone = threading.Event()
+    def __init__(self, alone):
+        self.runs, self.ends = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(alone,), daemon=True)
+        self._thread.start()
 
-    def wants_the_gpu_alone(self):
-        def wait():
-            self.lock.alone()
-            self.is_alone.set()
+    def end(self):
+        self.ends.set()
+        self._thread.join(LONG)
 
-        threading.Thread(target=wait, daemon=True).start()
+    def _run(self, alone):
+        with gpu_held(alone):
+            self.runs.set()
+            self.ends.wait(LONG)
+
+
+def test_tests_run_beside_each_other():
+    workers = [Worker(alone=False) for _ in range(2)]
+    assert all(worker.runs.wait(LONG) for worker in workers)
+    for worker in workers:
+        worker.end()
 
 
 def test_two_tests_that_want_the_gpu_alone_at_once_get_it_one_after_the_other():
-    workers = [Worker(), Worker()]
-    for worker in workers:
-        worker.wants_the_gpu_alone()
+    workers = [Worker(alone=True), Worker(alone=True)]
     end = time.monotonic() + LONG
-    while not any(worker.is_alone.is_set() for worker in workers) and time.monotonic() < end:
+    while not any(worker.runs.is_set() for worker in workers) and time.monotonic() < end:
         time.sleep(0.01)
-    first, second = sorted(workers, key=lambda worker: not worker.is_alone.is_set())
-    assert first.is_alone.is_set()
-    assert not second.is_alone.wait(SOON)
-    first.test.close()
-    assert second.is_alone.wait(LONG)
-    second.test.close()
+    first, second = sorted(workers, key=lambda worker: not worker.runs.is_set())
+    assert first.runs.is_set()
+    assert not second.runs.wait(SOON)
+    first.end()
+    assert second.runs.wait(LONG)
+    second.end()
 
 
-def test_who_wants_the_gpu_alone_waits_for_the_tests_that_run():
-    running, alone = Worker(), Worker()
-    alone.wants_the_gpu_alone()
-    assert not alone.is_alone.wait(SOON)
-    running.test.close()
-    assert alone.is_alone.wait(LONG)
-    alone.test.close()
+def test_who_wants_the_gpu_alone_waits_for_the_tests_that_run_and_is_not_overtaken():
+    running = Worker(alone=False)
+    assert running.runs.wait(LONG)
+    alone = Worker(alone=True)
+    assert not alone.runs.wait(SOON)
+    late = Worker(alone=False)
+    assert not late.runs.wait(SOON)
+    running.end()
+    assert alone.runs.wait(LONG)
+    assert not late.runs.wait(SOON)
+    alone.end()
+    assert late.runs.wait(LONG)
+    late.end()
