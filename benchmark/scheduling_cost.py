@@ -75,7 +75,7 @@ class Bench:
         start = time.perf_counter()
         step = self.scheduler.schedule()
         assert step is not None, "every step has been finished"
-        make_forward_batch(step)
+        make_forward_batch(step, is_scored=False)
         self.scheduler.begin_step(step)
         self.scheduler.finish_step(step, [7] * sum(entry.samples for entry in step))
         return time.perf_counter() - start

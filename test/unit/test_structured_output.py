@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from grammar_cases import EOS, TOKENIZER, VOCAB, begin, compiler, write_vocabulary
+from nibble.generation import FinishReason
 from nibble.ipc.messages import NewRequest
 from nibble.model_executor.logprobs import LogprobsWanted
 from nibble.model_executor.sampler import Sampler, SamplingRow
 from nibble.sampling_params import SamplingParams
 from nibble.scheduler.request import Request
-from nibble.scheduler.scheduler import Scheduler, SchedulerLimits
+from nibble.scheduler.scheduler import PENDING, Scheduler, SchedulerLimits
 from nibble.structured_output.compiler import GrammarError
 from nibble.structured_output.grammar import (
     MAX_GRAMMAR_BYTES,
@@ -212,10 +213,15 @@ def test_a_retracted_request_goes_on_in_its_grammar():
 def test_a_request_ends_with_its_grammar_and_with_an_error_where_no_token_fits():
     ended = grammar_request(begin(regex_format("a")))
     (letter,) = TOKENIZER.encode("a")
-    assert ended.append(letter, frozenset({EOS}), 100) is None
-    assert ended.append(EOS, frozenset(), 100).type == "stop"
+    assert take(ended, letter) is None
+    assert take(ended, EOS).type == "stop"
     stuck = grammar_request(begin(regex_format("a")))
-    assert stuck.append(EOS, frozenset({EOS}), 100).type == "abort"
+    assert take(stuck, EOS).type == "abort"
+
+
+def take(request: Request, token: int) -> FinishReason | None:
+    request.token_ids.append(PENDING)
+    return request.take(len(request.token_ids) - 1, token, frozenset({EOS}), 100)
 
 
 def test_the_store_compiles_in_its_own_thread_and_keeps_until_told_otherwise(tmp_path):

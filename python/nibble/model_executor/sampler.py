@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,16 @@ class SamplingRow:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
+    @cached_property
+    def wants_the_likeliest(self) -> bool:
+        """At every step, and nothing besides."""
+        is_greedy = self.sampling.temperature < SMALLEST_TEMPERATURE and self.sampling.min_new_tokens == 0
+        return is_greedy and not self.changes_logits and self.logprobs is None
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(self.sampling.logit_bias) or self.sampling.has_penalties or self.grammar is not None
+
 
 class SampledToken(NamedTuple):
     token_id: int | None
@@ -57,6 +68,8 @@ class Sampler:
         """
         if greedy is None:
             greedy = self.argmax(logits)
+        if all(row.wants_the_likeliest for row in rows):
+            return SampledBatch(greedy, (), None)
         tokens = greedy
         adjusted = self._adjust(logits, rows)
         drawn = [index for index, row in enumerate(rows) if row.sampling.temperature >= SMALLEST_TEMPERATURE]
@@ -85,9 +98,7 @@ class Sampler:
         return logits
 
     def _needs_adjustment(self, row: SamplingRow) -> bool:
-        sampling = row.sampling
-        has_bias = bool(sampling.logit_bias or sampling.has_penalties)
-        return has_bias or row.grammar is not None or row.num_generated < sampling.min_new_tokens
+        return row.changes_logits or row.num_generated < row.sampling.min_new_tokens
 
     def _unwanted(self, row: SamplingRow) -> list[int]:
         """What must not end the answer yet. Only with a grammar is the end of sequence avoided by `ignore_eos`: a
@@ -143,10 +154,10 @@ class SampledBatch:
 
     def tokens(self) -> list[SampledToken]:
         token_ids = self.token_ids.tolist()
-        logprobs: dict[int, TokenLogprob] = {}
-        if self.logprobs is not None:
-            found = self.logprobs.of_tokens([token_ids[row] for row in self.logprob_rows])
-            logprobs = dict(zip(self.logprob_rows, found, strict=True))
+        if self.logprobs is None:
+            return [SampledToken(token, None) if token >= 0 else SampledToken(None, None) for token in token_ids]
+        found = self.logprobs.of_tokens([token_ids[row] for row in self.logprob_rows])
+        logprobs = dict(zip(self.logprob_rows, found, strict=True))
         return [
             SampledToken(token, logprobs.get(row)) if token >= 0 else SampledToken(None, None)
             for row, token in enumerate(token_ids)

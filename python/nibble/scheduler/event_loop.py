@@ -96,15 +96,16 @@ class EventLoop:
         if self.may_sleep and self.sequence == known:
             return  # woken by an abort that came too late, of which the sleeping peers have not heard
         step = self._schedule()
+        to_score = [entry for entry in step if not entry.request.prompt_scores.is_complete]
         pages = self.scheduler.take_dirty_pages()
         if pages:
             self.executor.clear_pages(pages)
         before = time.monotonic()
-        sync = self.dp_sync.exchange(self._report(step, before))
+        sync = self.dp_sync.exchange(self._report(step, to_score, before))
         self.may_admit = sync.may_admit_next
         if self.statistics is not None:
             self.statistics.count_step(step, sync, time.monotonic() - before)
-        last, self._unfinished = self._unfinished, self._launch(step, sync) if sync.runs else None
+        last, self._unfinished = self._unfinished, self._launch(step, to_score, sync) if sync.runs else None
         if last is not None:
             self._finish(last)
         if not self.overlaps:
@@ -127,10 +128,12 @@ class EventLoop:
             assert step is not None
         return step
 
-    def _launch(self, step: Sequence[ScheduledRequest], sync: DpSyncResult) -> "UnfinishedStep":
+    def _launch(
+        self, step: Sequence[ScheduledRequest], to_score: Sequence[ScheduledRequest], sync: DpSyncResult
+    ) -> "UnfinishedStep":
         sampling = [entry.request for entry in step if entry.samples]
         tokens = self.executor.launch(
-            make_forward_batch(step),
+            make_forward_batch(step, is_scored=bool(to_score)),
             [request.sampling_row for request in sampling],
             [request.slot for request in sampling],
             sync.global_num_tokens,
@@ -140,7 +143,7 @@ class EventLoop:
         self.scheduler.begin_step(step)
         scored = [
             (entry.request.prompt_scores, entry.request.prompt_scores.begin(entry.start, entry.num_tokens))
-            for entry in _to_score(step)
+            for entry in to_score
         ]
         return UnfinishedStep(step, tokens, scored)
 
@@ -149,13 +152,13 @@ class EventLoop:
             last, self._unfinished = self._unfinished, None
             self._finish(last)
 
-    def _report(self, step: Sequence[ScheduledRequest], now: float) -> RankReport:
+    def _report(self, step: Sequence[ScheduledRequest], to_score: Sequence[ScheduledRequest], now: float) -> RankReport:
         num_tokens = sum([entry.num_tokens for entry in step])
         step_us = 0 if self.may_sleep else int((now - self._step_began) * 1e6)
         self._step_began = now
         return RankReport(
             num_tokens=num_tokens,
-            num_logit_rows=sum([entry.samples for entry in step]) + sum(map(_num_scored, _to_score(step))),
+            num_logit_rows=sum([entry.samples for entry in step]) + sum(map(_num_scored, to_score)),
             decodes_only=num_tokens == len(step),
             prompt_steps=self.scheduler.prompt_steps,
             num_ready=self.scheduler.num_ready,
@@ -238,18 +241,16 @@ class UnfinishedStep(NamedTuple):
         return any(entry.samples and entry.request.needs_last_token for entry in self.step)
 
 
-def _to_score(step: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
-    return [entry for entry in step if not entry.request.prompt_scores.is_complete]
-
-
 def _num_scored(entry: ScheduledRequest) -> int:
     return len(entry.request.prompt_scores.positions(entry.start, entry.num_tokens))
 
 
-def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
-    """The rows of a step, request after request; None without any."""
+def make_forward_batch(step: Sequence[ScheduledRequest], is_scored: bool) -> ForwardBatch | None:
+    """The rows of a step, request after request; None without any. `is_scored` if tokens of prompts are."""
     if not step:
         return None
+    if step[-1].num_tokens == 1 and not is_scored:  # requests with several rows come last
+        return _one_row_each(step)
     input_ids: list[int] = []
     positions: list[int] = []
     logit_rows: list[int] = []
@@ -276,6 +277,22 @@ def make_forward_batch(step: Sequence[ScheduledRequest]) -> ForwardBatch | None:
         page_tables=[entry.request.pages for entry in step],
     )
     return ForwardBatch(input_ids, positions, attention, logit_rows, scored)
+
+
+def _one_row_each(step: Sequence[ScheduledRequest]) -> ForwardBatch:
+    tokens = [entry.request.token_ids[entry.start] for entry in step]
+    if PENDING in tokens:
+        tokens = [
+            future_token(entry.request.slot) if token == PENDING else token
+            for entry, token in zip(step, tokens, strict=True)
+        ]
+    positions = [entry.start for entry in step]
+    attention = AttentionBatch(
+        query_lens=[1] * len(step),
+        seq_lens=[position + 1 for position in positions],
+        page_tables=[entry.request.pages for entry in step],
+    )
+    return ForwardBatch(tokens, positions, attention, [row for row, entry in enumerate(step) if entry.samples])
 
 
 def _update(request: Request, sampled: SampledToken, reason: FinishReason | None, is_due: bool) -> TokenUpdate | None:

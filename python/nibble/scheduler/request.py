@@ -24,6 +24,12 @@ class Request:
         if message.http_request_id is not None:
             self.log_fields["request_id"] = message.http_request_id
         self.sampling = message.sampling
+        self.needs_last_token = message.sampling.has_penalties or message.sampling.grammar is not None
+        """Whether its next token can't be sampled before the host knows the last one.
+
+        The one place that says which requests step without overlap: penalties count the tokens there are, and a grammar
+        allows what fits behind them.
+        """
         self.update_interval = message.update_interval
         self.priority = message.priority
         self.arrival = 0
@@ -34,6 +40,7 @@ class Request:
         self.unsent_logprobs: list[TokenLogprob] = []
         self.prompt_length = len(message.input_ids)
         self.token_ids = list(message.input_ids)
+        self.most_tokens = self.prompt_length + message.sampling.max_new_tokens
         wanted = LogprobsWanted(message.top_logprobs_num, message.token_ids_logprob)
         self.sampling_row = SamplingRow(
             message.sampling,
@@ -83,34 +90,37 @@ class Request:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
-    @property
-    def needs_last_token(self) -> bool:
-        """Whether its next token can't be sampled before the host knows the last one.
-
-        The one place that says which requests step without overlap: penalties count the tokens there are, and a grammar
-        allows what fits behind them.
-        """
-        return self.sampling.has_penalties or self.sampling.grammar is not None
-
     def is_at_its_limit(self, context_length: int) -> bool:
         """Whether there is no token after the last one, known or not."""
-        return self.num_generated >= self.sampling.max_new_tokens or len(self.token_ids) >= context_length
+        return len(self.token_ids) >= min(self.most_tokens, context_length)
 
-    def append(self, token: int, eos_token_ids: frozenset[int], context_length: int) -> FinishReason | None:
-        """Adds a sampled token, if any is wanted, and says whether it was the last."""
+    def take(self, place: int, token: int, eos_token_ids: frozenset[int], context_length: int) -> FinishReason | None:
+        """Puts a sampled token in the place of its placeholder, and says whether it was the last; then nothing is left
+        behind it, nor itself where none is wanted.
+        """
+        self.token_ids[place] = token
+        reason = self._why_last(place, token, eos_token_ids, context_length)
+        if reason is not None:
+            del self.token_ids[place + (self.sampling.max_new_tokens > 0) :]
+        return reason
+
+    def _why_last(
+        self, place: int, token: int, eos_token_ids: frozenset[int], context_length: int
+    ) -> FinishReason | None:
+        length = place + 1
         if self.sampling.max_new_tokens == 0:
             return FinishReason("length", length=0)
-        self.token_ids.append(token)
         grammar = self.sampling_row.grammar
         if grammar is not None:
             if not grammar.accept(token):
                 return FinishReason("abort", message="the model has no token that fits the grammar here")
             if grammar.has_ended:
                 return FinishReason("stop", matched=token)
-        if self.num_generated >= self.sampling.min_new_tokens and (
+        num_generated = length - self.prompt_length
+        if num_generated >= self.sampling.min_new_tokens and (
             token in self.sampling.stop_token_ids or (token in eos_token_ids and not self.sampling.ignore_eos)
         ):
             return FinishReason("stop", matched=token)
-        if self.is_at_its_limit(context_length):
-            return FinishReason("length", length=self.num_generated)
+        if length >= self.most_tokens or length >= context_length:
+            return FinishReason("length", length=num_generated)
         return None

@@ -237,20 +237,17 @@ class Scheduler:
     def _book_token(self, row: int, entry: ScheduledRequest, token: int | None) -> BookedToken:
         """Puts a token, None for a failed row, in the place of its placeholder."""
         request, place = entry.request, entry.start + entry.num_tokens
-        later = request.token_ids[place + 1 :]
-        del request.token_ids[place:]
         if token is None:
+            del request.token_ids[place:]
             reason: FinishReason | None = FinishReason(
                 "abort", message="the model produced numbers that are not finite for this request"
             )
         else:
-            reason = request.append(token, self.limits.eos_token_ids, self.limits.context_length)
+            reason = request.take(place, token, self.limits.eos_token_ids, self.limits.context_length)
         if reason is not None:
             request.has_ended = True
-        else:
-            request.token_ids += later
-            if entry.num_tokens > 1 or place == request.prompt_length:
-                self.kv.share(request, place)  # a prompt is complete
+        elif entry.num_tokens > 1 or place == request.prompt_length:
+            self.kv.share(request, place)  # a prompt is complete
         return BookedToken(row, request, reason)
 
     def _end(self, request: Request) -> None:
