@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nibble.kernels.triton.dependent_launch import let_successor_start, overlaps_predecessor, wait_for_predecessor
-from nibble.kernels.triton.moe_routing import COUNTED_TILES, assign, choose_assign_tile, count, place
+from nibble.kernels.triton.dependent_launch import let_successor_start, overlaps_predecessor
+from nibble.kernels.triton.moe_routing import COUNTED_TILES, assign, choose_assign_tile, count, place_kernel
 from nibble.kernels.triton.nvfp4_tiles import e2m1_value, e4m3_value
 
 _UNPACK_TILE = 1024  # words of eight values that one program unpacks
@@ -80,7 +80,7 @@ def prepare(
         num_warps=8,
     )
     if assign_programs > 1:
-        _place_kernel[(assign_programs,)](
+        place_kernel[(assign_programs,)](
             topk_ids,
             counts,
             blocks.pairs,
@@ -185,31 +185,3 @@ def _unpack_rows(
         even = e2m1_value((word >> (4 * j)) & 15) * scale
         odd = e2m1_value((word >> (4 * j + 16)) & 15) * scale
         tl.store(place_ptr + 32 * j, tl.join(even, odd).to(tl.float16), mask=in_row[:, None])
-
-
-@triton.jit(do_not_specialize=["num_pairs", "first_expert", "max_blocks"])
-def _place_kernel(
-    ids_ptr,
-    counts_ptr,
-    sorted_pairs_ptr,
-    blocks_ptr,
-    num_blocks_ptr,
-    ids_stride,
-    ids_slot_stride,
-    num_pairs,
-    first_expert,
-    max_blocks,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    EXPERT_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ASSIGN_TILE: tl.constexpr,
-    COUNTED_TILES: tl.constexpr,
-):
-    wait_for_predecessor()
-    let_successor_start()
-    place(
-        tl.program_id(0), ids_ptr, counts_ptr, sorted_pairs_ptr, blocks_ptr, num_blocks_ptr,
-        ids_stride, ids_slot_stride, num_pairs, first_expert, max_blocks,
-        TOP_K, NUM_EXPERTS, EXPERT_TILE, BLOCK_M, ASSIGN_TILE, COUNTED_TILES,
-    )  # fmt: skip

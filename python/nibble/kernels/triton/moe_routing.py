@@ -11,12 +11,14 @@ int32. So the number of a block leads to all there is to know of it, by loads th
 import triton
 import triton.language as tl
 
+from nibble.kernels.triton.dependent_launch import let_successor_start, wait_for_predecessor
+
 _TILE = 128
 COUNTED_TILES = 32
 
 
 def choose_assign_tile(num_pairs: int) -> int:
-    """How many pairs a program places. If that is all, `assign` does it, otherwise `count` and then `place`."""
+    """How many pairs a program places. If that is all, `assign` does it, otherwise `count` and then `place_kernel`."""
     return min(_TILE, max(32, triton.next_power_of_2(num_pairs)))
 
 
@@ -93,9 +95,8 @@ def count(
     tl.store(count_ptr, tl.histogram(expert, EXPERT_TILE, mask=is_local))
 
 
-@triton.jit
-def place(
-    tile,
+@triton.jit(do_not_specialize=["num_pairs", "first_expert", "max_blocks"])
+def place_kernel(
     ids_ptr,
     counts_ptr,
     sorted_pairs_ptr,
@@ -110,11 +111,14 @@ def place(
     NUM_EXPERTS: tl.constexpr,
     EXPERT_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
+    ASSIGN_TILE: tl.constexpr,
     COUNTED_TILES: tl.constexpr,
 ):
-    """Places the pairs of a tile; program 0 also lists the blocks. All tiles have been counted."""
-    num_tiles = tl.cdiv(num_pairs, TILE)
+    """Places the pairs of a tile each program; the first one also lists the blocks. All tiles have been counted."""
+    wait_for_predecessor()
+    let_successor_start()
+    tile = tl.program_id(0)
+    num_tiles = tl.cdiv(num_pairs, ASSIGN_TILE)
     totals = tl.zeros([EXPERT_TILE], tl.int32)
     before = tl.zeros([EXPERT_TILE], tl.int32)  # of which in earlier tiles
     for start in range(0, num_tiles, COUNTED_TILES):
@@ -123,7 +127,7 @@ def place(
         counts = tl.load(count_ptr, mask=counted < num_tiles, other=0)
         totals += tl.sum(counts, axis=0)
         before += tl.sum(tl.where(counted < tile, counts, 0), axis=0)
-    pair = tile * TILE + tl.arange(0, TILE)
+    pair = tile * ASSIGN_TILE + tl.arange(0, ASSIGN_TILE)
     expert, is_local = _local_expert(
         pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
     )
