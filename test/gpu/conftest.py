@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ import torch
 
 from compile_flashinfer import KINDS
 from gpu_lock import gpu_held
-from gpu_ranks import cores_each, num_workers
 
-COMPILERS_SECONDS = 400
+WAIT_SECONDS = 400
+"""For the compilers, or for those who have the GPU alone."""
 LATER = (
     "test_peer_memory.py", "test_peer_hosts_gpu.py", "test_pynccl.py", "test_splits_gpu.py",
     "test_engine_gpu.py", "test_cuda_graphs.py", "test_overlap_gpu.py",
@@ -33,10 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if not item.get_closest_marker("gpu"):
+            continue
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if needs_flashinfer(item):
-            item.add_marker(pytest.mark.timeout(COMPILERS_SECONDS))  # one of them waits for the compilers
+        own = item.get_closest_marker("timeout")
+        item.add_marker(pytest.mark.timeout(WAIT_SECONDS + (own.args[0] if own else 0)), append=False)
     items.sort(key=place)
 
 
@@ -54,10 +57,10 @@ def share_of_the_machine() -> None:
     """What all workers launch at once must fit on the GPU, or collectives wait for each other for ever; and their
     oracles on the cores.
     """
-    workers = num_workers()
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         os.environ["NCCL_MAX_NCHANNELS"] = str(max(1, 8 // workers))
-        torch.set_num_threads(cores_each(1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,9 +90,11 @@ def start(compilers: list[subprocess.Popen[bytes]]) -> None:
 @pytest.fixture(scope="session")
 def flashinfer(flashinfer_compilers: list[subprocess.Popen[bytes]]) -> None:
     """Compiled, and no compiler uses the GPU any more. For tests that use it, also in processes of their own."""
-    if not flashinfer_compilers:
-        start(flashinfer_compilers)
-    assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)
+    with ExitStack() as stack:
+        if not flashinfer_compilers:
+            stack.enter_context(gpu_held(alone=False))  # whoever has it alone has it from these, too
+            start(flashinfer_compilers)
+        assert [compiler.wait() for compiler in flashinfer_compilers] == [0] * len(flashinfer_compilers)
 
 
 @pytest.fixture(scope="module")

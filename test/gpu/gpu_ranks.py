@@ -1,6 +1,5 @@
 """Rank processes that share the GPU. Start NVIDIA's Multi-Process Service first, or their kernels take turns."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,22 +9,11 @@ from nibble.distributed.pynccl import multi_rank_gpu_environment
 from rank_processes import RankProcesses
 
 
-def num_workers() -> int:
-    """Of pytest-xdist, which share the machine."""
-    return int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-
-
-def cores_each(processes: int) -> int:
-    """For so many processes of this worker."""
-    return max(1, (os.cpu_count() or 1) // (num_workers() * processes))
-
-
 @contextmanager
 def gpu_ranks(world_size: int, paths: pytest.TempPathFactory, timeout_s: float = 60) -> Iterator[RankProcesses]:
     """With the environment that the engine gives its ranks. `timeout_s`: of one call."""
     with pytest.MonkeyPatch.context() as environment:
         for name, value in multi_rank_gpu_environment(world_size).items():
             environment.setenv(name, value)
-        environment.setenv("OMP_NUM_THREADS", str(cores_each(world_size)))
         with RankProcesses(world_size, paths.mktemp("ranks"), timeout_s) as processes:
             yield processes

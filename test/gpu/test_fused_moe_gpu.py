@@ -41,6 +41,10 @@ class TestExperts:
         batch = cases.random_batch(rows, rows, HIDDEN, TOP_K, -1, EXPERTS + 2)
         cases.assert_like_torch(packed, batch, first_expert, "cuda")
 
+    def test_one_expert_with_more_pairs_than_a_program_places(self) -> None:
+        batch = cases.random_batch(4, 300, 128, 1, -1, 1)
+        cases.assert_like_torch(cases.random_experts(4, 1, 128, 128), batch, 0, "cuda")
+
     @pytest.mark.parametrize(
         ("experts", "hidden", "intermediate", "top_k"),
         [(1, 16, 16, 1), (3, 128, 128, 2), (130, 48, 16, 8), (2, 7168, 2048, 2), (4, 2048, 768, 4)],

@@ -273,11 +273,14 @@ class PyNcclCommunicator(Communicator):
 
     def _poll(self) -> None:
         assert self._comm is not None
+        for raise_failure in self._watched:  # first: they know which peer is missing
+            raise_failure()
         self._nccl.raise_async_error(self._comm)
         for companion in self._companions:
-            companion.check()
-        for raise_failure in self._watched:
-            raise_failure()
+            try:
+                companion.check()
+            except CollectiveError as error:
+                raise PeerError(str(error)) from error
 
     def _suspect(self, call: str) -> str:
         """What an error that `call` finds is attributed to."""

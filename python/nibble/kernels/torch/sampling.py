@@ -11,8 +11,8 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """The likeliest token of each row of `logits [R, V]`, int64 `[R]`; -1 for a row with a NaN or an infinity."""
-    finite = logits.isfinite().all(dim=-1)
-    return torch.where(finite, logits.argmax(dim=-1), -1)
+    lowest, highest = logits.aminmax(dim=-1)  # NaN where a row has one
+    return torch.where(lowest.isfinite() & highest.isfinite(), logits.argmax(dim=-1), -1)
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
