@@ -39,7 +39,9 @@ def check_replays(
         graph_rows = graphs.rows_for(max(rows))
         assert graph_rows is not None
         with torch.inference_mode():
-            replayed = graphs.replay(graph_rows, batch).logits.clone()
+            output = graphs.replay(graph_rows, batch)
+            assert torch.equal(output.greedy, output.logits.argmax(dim=-1))
+            replayed = output.logits.clone()
             eager = graphs.run_eagerly(graph_rows, batch).logits.clone()
         runner.parallel.tp_group.synchronize()
         assert torch.equal(replayed, eager), f"rank {rank.rank}, rows {rows}: a graph differs from what it captured"
