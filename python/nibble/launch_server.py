@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import faulthandler
 import gc
 import logging
 import os
@@ -13,6 +12,7 @@ import ssl
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import setproctitle
@@ -31,6 +31,7 @@ from nibble.observability.logging import configure_logging
 from nibble.observability.loop_lag import watch_event_loop
 from nibble.observability.metrics import EngineMetrics
 from nibble.utils.errors import ConfigError, EngineDeadError
+from nibble.utils.stacks import write_stacks_on_signal
 
 logger = logging.getLogger("nibble")
 
@@ -61,7 +62,7 @@ def serve(args: ServerArgs) -> NoReturn:
     name = "server" if args.node_rank == 0 else f"node {args.node_rank}"
     configure_logging(args.log_level, name, args.log_format)
     setproctitle.setproctitle(f"nibble {name}")
-    faulthandler.register(signal.SIGUSR1)  # as in the ranks: the stacks of all threads, for whoever asks
+    write_stacks_on_signal(Path(os.devnull))  # as in the ranks, for whoever asks
     try:
         config = resolve(args)
         logger.info("options: %s", non_default_options(args))
