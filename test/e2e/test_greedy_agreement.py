@@ -89,7 +89,7 @@ def test_results_that_travel_in_fp8_give_the_same_text_but_for_near_ties(two):
     assert_same_but_for_near_ties(two, fp8)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_gives_the_text_of_one_but_for_near_ties(one, two, ranks):
     many = two if ranks == 2 else ask(ranks)
     assert many.gathers_fp4
