@@ -5,8 +5,7 @@
 Random results with DeepSeek-R1's dimensions: of each token 8 of 256 experts, an equal share of them on each rank, give
 normally distributed values times a weight, and columns differ in size by a log-normal factor. Errors are relative, of
 whole rows: |sum - truth| / |truth|, the mean over rows. "chain" adds bf16 numbers one after the other, as a ring of
-collectives may; the others add in fp32 and round once, to bf16. "by host": each of
-several hosts rounds its sum before.
+collectives may; the others add in fp32 and round once, to bf16. "by host": each of several hosts rounds its sum before.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from nibble.kernels.torch.wire_row import quantize_pack
 from nibble.layers.dp_attention import DpStep, dp_step
 from nibble.layers.moe.combiner import make_combiner
 from nibble.layers.moe.peer_dispatcher import PeerCombiner, PeerMemoryDispatcher
-from peer_memory_ranks import DEVICE, INPUT_SCALE, LAYOUT, MAX_ROWS, finish
+from peer_memory_ranks import DEVICE, INPUT_SCALE, LAYOUT, MAX_ROWS, check_in_turn, finish
 from rank_processes import Rank
 
 
@@ -107,22 +107,9 @@ def check_steps(rank: Rank, num_hosts: int, distributions: list[list[int]], fp8_
     """Eager, then one graph a distribution, all alive at once, replayed in turn on changing inputs."""
     place = shared(rank, num_hosts, fp8_partial)
     steps = [Step(place, sizes) for sizes in distributions]
-    captured = []
     for step in steps:
         step.check(step.run(), 0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = step.run()
-        captured.append((graph, results))
-    for seed in range(1, 5):
-        for index, step in enumerate(steps):
-            step.change_inputs(seed)
-            graph, results = captured[index]
-            if (index + seed) % 3:
-                graph.replay()
-            else:
-                results = step.run()
-            step.check(results, seed)
+    check_in_turn(steps)
 
 
 def errors_of_sums(rank: Rank, num_hosts: int, sizes: list[int]) -> dict[str, float]:

@@ -3,9 +3,10 @@
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,10 +103,16 @@ def check_graphs(rank: Rank, distributions: list[list[int]], fp8_partial: bool =
     """One graph a distribution, all alive at once, replayed in turn on changing inputs, with eager steps between."""
     memory = shared(rank, fp8_partial)
     steps = [Step(memory, sizes) for sizes in distributions]
-    captured = []
     for step in steps:
         step.run()
-        finish(memory)
+    finish(memory)
+    check_in_turn(steps)
+
+
+def check_in_turn(steps: Sequence[Any]) -> None:
+    """Graphs of `Step`s, all alive at once, replayed in turn on changing inputs, with eager steps between."""
+    captured = []
+    for step in steps:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = step.run()

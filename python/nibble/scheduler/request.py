@@ -41,6 +41,7 @@ class Request:
         self.prompt_length = len(message.input_ids)
         self.token_ids = list(message.input_ids)
         self.most_tokens = self.prompt_length + message.sampling.max_new_tokens
+        """Of prompt and answer, if the context holds so many."""
         wanted = LogprobsWanted(message.top_logprobs_num, message.token_ids_logprob)
         self.sampling_row = SamplingRow(
             message.sampling,
@@ -121,6 +122,6 @@ class Request:
             token in self.sampling.stop_token_ids or (token in eos_token_ids and not self.sampling.ignore_eos)
         ):
             return FinishReason("stop", matched=token)
-        if length >= self.most_tokens or length >= context_length:
+        if length >= min(self.most_tokens, context_length):
             return FinishReason("length", length=num_generated)
         return None

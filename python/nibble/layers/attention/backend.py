@@ -44,13 +44,13 @@ class AttentionBatch:
         counts = -(-seq_lens // page_size)
         first_pages = np.zeros(len(seq_lens) + 1, dtype=np.int32)
         np.cumsum(counts, out=first_pages[1:])
-        pages = np.frombuffer(b"".join(map(_first_pages, self.page_tables, counts.tolist())), np.int32)
+        pages = np.frombuffer(b"".join(map(_beginning, self.page_tables, counts.tolist())), np.int32)
         last_lens = (seq_lens - 1) % page_size + 1
         slots = pages[first_pages[1:] - 1].astype(np.int64) * page_size + last_lens - 1
         return DecodingPlaces(seq_lens, first_pages, pages, last_lens, slots)
 
 
-def _first_pages(table: Sequence[int], count: int) -> "array[int]":
+def _beginning(table: Sequence[int], count: int) -> "array[int]":
     if len(table) > count:
         table = table[:count]
     return table if isinstance(table, array) else array("i", table)
