@@ -19,7 +19,7 @@ WAIT_SECONDS = 400
 """For the compilers, or for those who have the GPU alone."""
 LATER = (
     "test_peer_memory.py", "test_peer_hosts_gpu.py", "test_pynccl.py", "test_splits_gpu.py",
-    "test_engine_gpu.py", "test_cuda_graphs.py", "test_overlap_gpu.py",
+    "test_fp4_allgather_gpu.py", "test_cuda_graphs.py", "test_engine_gpu.py", "test_overlap_gpu.py",
     "test_flashinfer_norms.py", "test_flashinfer_attention.py", "test_deepseek_gpu.py", "test_launches_gpu.py",
     "test_flashinfer_mla.py", "test_memory_given_back.py", "test_missing_ranks.py",
 )  # fmt: skip
