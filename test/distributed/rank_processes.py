@@ -147,7 +147,7 @@ class RankProcesses:
         command = [sys.executable, __file__, rank, self.world_size, self.run_dir, theirs.fileno(), os.getpid()]
         process = subprocess.Popen(
             [str(word) for word in command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(self.world_size)},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )

@@ -24,7 +24,7 @@ from nibble.kernels.triton.peer_dispatch import peer_dispatch
 from nibble.kernels.triton.wire_row import quantize_pack as triton_quantize_pack
 from rank_processes import Rank
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = pynccl_ranks.DEVICE
 LAYOUT = WireRowLayout(2048, 8)
 MAX_ROWS = 2048
 INPUT_SCALE = torch.tensor(0.01)

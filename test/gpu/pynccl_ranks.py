@@ -1,5 +1,6 @@
-"""What one rank does in the tests of PyNCCL. All ranks share GPU 0. Runs in the processes of `rank_processes`."""
+"""What one rank does in the tests of PyNCCL; ranks share the GPUs there are. Runs in processes of `rank_processes`."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from nibble.distributed.pynccl import PyNcclCommunicator
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
 from rank_processes import Rank
 
-DEVICE = torch.device("cuda", 0)
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # pytest's process has none
+DEVICE = torch.device("cuda", RANK * torch.cuda.device_count() // WORLD_SIZE)
 
 
 def join(rank: int, world_size: int, run_dir: Path, name: str, timeout_s: float = 30) -> PyNcclCommunicator:
+    torch.cuda.set_device(DEVICE)  # graphs are captured on the current one
     with SharedMemoryCommunicator(rank, world_size, run_dir, name, timeout_s) as bootstrap:
         return PyNcclCommunicator(bootstrap, name, timeout_s, DEVICE)
 

@@ -18,10 +18,10 @@ from nibble.kernels.triton.nvfp4_tiles import Tiling
 
 INPUT_SCALE = torch.tensor(4.0 / 2688)
 TILINGS = [
-    Tiling(16, 16, 64, 256, 4, 4, 2),
-    Tiling(32, 16, 128, 128, 4, 3, 1),
-    Tiling(64, 64, 64, 128, 4, 3, 1),
-    Tiling(128, 32, 128, 128, 8, 3, 1),
+    Tiling(16, 16, 64, 256, 4, 4),
+    Tiling(32, 16, 128, 128, 4, 3, max_registers=128),
+    Tiling(64, 64, 64, 128, 4, 3),
+    Tiling(128, 32, 128, 128, 8, 3),
 ]
 
 

@@ -8,13 +8,15 @@ The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in a ch
 3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
 4. `add_results` adds the results of each row, and quantizes the sum where it belongs into an FP8 row.
 
-Which blocks there are is known on the device only, so a fixed number of programs shares them out. The host waits for
-nothing, and sizes depend on shapes alone: a CUDA graph can capture a call. The chain is one of
+Which blocks there are is known on the device only, so there are programs for as many as there may be. The host waits
+for nothing, and sizes depend on shapes alone: a CUDA graph can capture a call. The chain is one of
 `nibble.kernels.triton.dependent_launch`. Nothing is added in an order that may vary, so the same inputs give the same
 bits; the order of a row's experts does not matter either.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -32,33 +34,31 @@ from nibble.kernels.triton.nvfp4_tiles import (
     Tiling,
     fake_quantize,
     multiply_rows,
-    num_multiprocessors,
     pack_tiles,
     padded_columns,
 )
 
 # Rows of one pass: beyond, the results of all pairs would take more memory than they save time.
 _MAX_ROWS = 4096
-_ONE_A_TILE = 99  # programs a multiprocessor: more than there are tiles, so that none takes several
 
 
 def choose_tilings(pairs_per_expert: float) -> tuple[Tiling, Tiling]:
     """Of gate and up, and of down, with the same `block_m`: by the mean number of pairs, so that most experts need one
     block. They are the fastest of many on an H200.
     """
-    if pairs_per_expert <= 0.2:  # too few tiles of 128 for all multiprocessors
-        return (Tiling(16, 16, 64, 128, 4, 4, _ONE_A_TILE),) * 2
+    narrow = Tiling(16, 16, 64, 128, 4, 4)
+    wide = Tiling(16, 16, 128, 128, 4, 4, max_registers=128)  # so that four programs fit on a multiprocessor
+    if pairs_per_expert <= 0.15:  # too few tiles of 128 for all multiprocessors
+        return replace(narrow, num_stages=8), narrow
     if pairs_per_expert <= 0.3:
-        return Tiling(16, 16, 64, 256, 4, 4, _ONE_A_TILE), Tiling(16, 16, 128, 128, 4, 4, _ONE_A_TILE)
-    if pairs_per_expert <= 3:
-        return (Tiling(16, 16, 128, 128, 4, 4, _ONE_A_TILE),) * 2
+        return wide, narrow
     if pairs_per_expert <= 12:
-        return (Tiling(16, 16, 128, 128, 4, 4, 3),) * 2
+        return wide, wide
     if pairs_per_expert <= 20:
-        return (Tiling(32, 16, 128, 128, 4, 4, 2),) * 2
+        return (Tiling(32, 16, 128, 128, 4, 4),) * 2
     if pairs_per_expert <= 64:
-        return Tiling(64, 64, 128, 128, 8, 3, _ONE_A_TILE), Tiling(64, 64, 128, 128, 4, 3, 2)
-    return Tiling(128, 32, 128, 128, 8, 3, _ONE_A_TILE), Tiling(128, 32, 64, 128, 4, 3, _ONE_A_TILE)
+        return (Tiling(64, 32, 128, 128, 8, 3),) * 2
+    return Tiling(128, 32, 128, 128, 8, 3), Tiling(128, 32, 64, 128, 4, 3)
 
 
 class Nvfp4MoE:
@@ -110,7 +110,7 @@ class Nvfp4MoE:
         results = out.new_empty(pairs, self.hidden_size, dtype=self.dtype)
 
         blocks = prepare(x_fp4, x_scale, topk_ids, self.first_expert, self.num_local, tiling.block_m, x)
-        _gate_up_kernel[_grid(tiling, blocks.max_blocks, self.w13)](
+        _gate_up_kernel[(blocks.max_blocks * self.w13.rows // tiling.block_n,)](
             self.w13.words,
             self.w13.scales,
             self.g1_gate_up,
@@ -130,10 +130,11 @@ class Nvfp4MoE:
             BLOCK_K=tiling.step(self.w13.columns),
             num_warps=tiling.num_warps,
             num_stages=tiling.stages(x.device),
+            maxnreg=tiling.max_registers,
             launch_pdl=overlaps_predecessor(),
             enable_fp_fusion=False,
         )
-        _down_kernel[_grid(down_tiling, blocks.max_blocks, self.w2)](
+        _down_kernel[(blocks.max_blocks * self.w2.rows // down_tiling.block_n,)](
             self.w2.words,
             self.w2.scales,
             self.g2,
@@ -156,14 +157,10 @@ class Nvfp4MoE:
             BLOCK_K=down_tiling.step(self.w2.columns),
             num_warps=down_tiling.num_warps,
             num_stages=down_tiling.stages(x.device),
+            maxnreg=down_tiling.max_registers,
             launch_pdl=overlaps_predecessor(),
         )
         add_results(results, topk_ids, self.first_expert, self.num_local, out)
-
-
-def _grid(tiling: Tiling, max_blocks: int, weights: NvFp4Tiles) -> tuple[int]:
-    most = num_multiprocessors(weights.words.device) * tiling.programs_per_multiprocessor
-    return (min(most, max_blocks * weights.rows // tiling.block_n),)
 
 
 def _pack_stack(values: Tensor, scales: Tensor) -> NvFp4Tiles:
@@ -212,12 +209,9 @@ def _gate_up_kernel(
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
     wait_for_predecessor()
     let_successor_start()
-    num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
-    next_expert, next_num_pairs = load_block(tl.program_id(0) // ROW_TILES, blocks_ptr, max_blocks)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
-        expert, num_pairs = next_expert, next_num_pairs
-        next_expert, next_num_pairs = load_block((tile + tl.num_programs(0)) // ROW_TILES, blocks_ptr, max_blocks)
+    block, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
+    expert, num_pairs = load_block(block, blocks_ptr, max_blocks)
+    if block < tl.load(num_blocks_ptr):
         if SMALL_M < BLOCK_M and num_pairs <= SMALL_M:
             _gate_up_tile(
                 row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, SMALL_M),
@@ -303,12 +297,9 @@ def _down_kernel(
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
     wait_for_predecessor()
     let_successor_start()
-    num_tiles = tl.load(num_blocks_ptr) * ROW_TILES
-    next_expert, next_num_pairs = load_block(tl.program_id(0) // ROW_TILES, blocks_ptr, max_blocks)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        block, row_tile = tile // ROW_TILES, tile % ROW_TILES
-        expert, num_pairs = next_expert, next_num_pairs
-        next_expert, next_num_pairs = load_block((tile + tl.num_programs(0)) // ROW_TILES, blocks_ptr, max_blocks)
+    block, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
+    expert, num_pairs = load_block(block, blocks_ptr, max_blocks)
+    if block < tl.load(num_blocks_ptr):
         if SMALL_M < BLOCK_M and num_pairs <= SMALL_M:
             _down_tile(
                 row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, SMALL_M),

@@ -25,7 +25,7 @@ def choose_assign_tile(num_pairs: int) -> int:
 @triton.jit
 def load_block(block, blocks_ptr, max_blocks):
     """A block's expert (int64) and number of pairs; without meaning where there are fewer blocks."""
-    block_ptr = blocks_ptr + tl.minimum(block, max_blocks - 1)
+    block_ptr = blocks_ptr + block
     return tl.load(block_ptr).to(tl.int64), tl.load(block_ptr + max_blocks)
 
 

@@ -27,9 +27,9 @@ def choose_tiling(rows: int) -> Tiling:
         return Tiling(16, 16, 64, 128, 4, 6, 4)
     if rows <= 32:
         return Tiling(32, 32, 64, 128, 4, 4, 4)
-    if rows <= 128:
-        return Tiling(64, 64, 128, 128, 4, 3, 2)
-    return Tiling(128, 128, 128, 128, 8, 4, 1)
+    if rows <= 64:
+        return Tiling(64, 64, 64, 128, 4, 3, 3)
+    return Tiling(128, 128, 64, 128, 4, 3, 2)
 
 
 class Nvfp4Linear:

@@ -70,7 +70,8 @@ class Tiling:
     block_k: int
     num_warps: int
     num_stages: int
-    programs_per_multiprocessor: int
+    programs_per_multiprocessor: int = 1  # how many are worth while where columns are shared out to have as many
+    max_registers: int | None = None  # of a thread
 
     def step(self, columns: int) -> int:
         """The columns of a step, for a padded width of `columns`."""
@@ -188,18 +189,16 @@ def _decode(words, scales):
     else:  # the same on two at a time
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 w0, w1, w2, w3, s;
+            .reg .b32 w0, w1, w2, w3;
             and.b32 w0, $4, 0x8E008E00;
             shl.b32 w1, $4, 3;
             and.b32 w1, w1, 0x8E008E00;
-            shl.b32 w2, $4, 6;
-            and.b32 w2, w2, 0x0E000E00;
-            shl.b32 s, $4, 1;
-            lop3.b32 w2, s, 0x80008000, w2, 0xEA;
-            shl.b32 w3, $4, 9;
-            and.b32 w3, w3, 0x0E000E00;
-            shl.b32 s, $4, 2;
-            lop3.b32 w3, s, 0x80008000, w3, 0xEA;
+            and.b32 w2, $4, 0x40384038;
+            mul.lo.u32 w2, w2, 66;
+            and.b32 w2, w2, 0x8E008E00;
+            and.b32 w3, $4, 0x20072007;
+            mul.lo.u32 w3, w3, 516;
+            and.b32 w3, w3, 0x8E008E00;
             mul.rn.f16x2 $0, w0, $5;
             mul.rn.f16x2 $1, w1, $5;
             mul.rn.f16x2 $2, w2, $5;
