@@ -195,6 +195,7 @@ TOGETHER: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
     (CHAT, {"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
     (GENERATE, {"input_ids": [1]}, "text"),
     (GENERATE, {"text": None}, "text"),
     (GENERATE, {"sampling_params": [{}]}, "sampling_params"),
@@ -227,6 +228,7 @@ WRONG_TYPES: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"seed": 10**30}, "seed", "1e+30"),
     (COMPLETIONS, {"user": None, "logit_bias": [1]}, "logit_bias", "a valid object, got a list"),
     (COMPLETIONS, {"logit_bias": {"1": "x"}}, "logit_bias", 'a valid number, got "x"'),
+    (CHAT, {"tools": [TOOL | {"function": {"name": "a b"}}]}, "tools.0.function.name", "should match pattern"),
     (CHAT, {"messages": []}, "messages", "at least 1 item"),
     (CHAT, {"messages": "Hi"}, "messages", '"Hi"'),
     (CHAT, {"messages": [{"content": "x"}]}, "messages.0.role", "required"),
@@ -264,22 +266,24 @@ def test_prompt_tokens_outside_the_vocabulary_are_refused(token):
         assert f"holds token {token}, outside the vocabulary" in API.error(path, body)["message"]
 
 
-OVER_LONG: list[tuple[str, dict[str, Any], list[str]]] = [
-    (COMPLETIONS, {"prompt": [1] * 200}, ["the prompt has 200 tokens", "of 200 tokens"]),
-    (COMPLETIONS, {"prompt": [1] * 150, "max_tokens": 51}, ["51", "150", "200", "at most 50"]),
-    (CHAT, {"messages": [{"role": "user", "content": "word " * 300}]}, ["the prompt has", "of 200 tokens"]),
-    (CHAT, {"messages": HELLO, "max_tokens": 199}, ["199", "200", "at most"]),
-    (GENERATE, {"text": None, "input_ids": [1] * 5000}, ["the prompt has 5000 tokens", "of 200 tokens"]),
-    (GENERATE, {"text": ["Hi", "x" * 5000]}, ["the prompt has", "of 200 tokens"]),
-    (GENERATE, {"sampling_params": {"max_new_tokens": 10**9}}, [str(10**9), "200", "at most"]),
+LONG_CHAT = [{"role": "user", "content": "word " * 300}]
+OVER_LONG: list[tuple[str, dict[str, Any], str, list[str]]] = [
+    (COMPLETIONS, {"prompt": [1] * 200}, "prompt", ["the prompt has 200 tokens", "of 200 tokens"]),
+    (COMPLETIONS, {"prompt": [1] * 150, "max_tokens": 51}, "max_tokens", ["51", "150", "200", "at most 50"]),
+    (CHAT, {"messages": LONG_CHAT}, "messages", ["the prompt has", "of 200 tokens"]),
+    (CHAT, {"messages": HELLO, "max_tokens": 199}, "max_tokens", ["199", "200", "at most"]),
+    (GENERATE, {"text": None, "input_ids": [1] * 5000}, "input_ids", ["the prompt has 5000 tokens", "of 200 tokens"]),
+    (GENERATE, {"text": ["Hi", "x" * 5000]}, "text", ["the prompt has", "of 200 tokens"]),
+    (GENERATE, {"sampling_params": {"max_new_tokens": 10**9}}, "max_new_tokens", [str(10**9), "200", "at most"]),
 ]
 
 
-@pytest.mark.parametrize(("path", "fields", "numbers"), OVER_LONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("path", "fields", "param", "numbers"), OVER_LONG, ids=lambda value: str(value)[:40])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_an_over_long_request_is_answered_with_400_and_the_numbers(path, fields, numbers, stream):
-    message = refuse(path, {**fields, "stream": stream})["message"]
-    assert all(number in message for number in numbers), message
+def test_an_over_long_request_is_answered_with_400_and_the_numbers(path, fields, param, numbers, stream):
+    error = refuse(path, {**fields, "stream": stream})
+    assert error["param"] == param
+    assert all(number in error["message"] for number in numbers), error
 
 
 MANY = 5000

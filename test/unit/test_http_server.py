@@ -11,6 +11,7 @@ import pytest
 
 from fake_engine import BODIES, CHAT, COMPLETIONS, HELLO, Api, conversation, error_of
 from nibble.entrypoints.prompts import PromptEncoder
+from nibble.observability.metrics import EngineMetrics
 from nibble.tokenizer.tokenizer import Tokenizer
 from nibble.utils.errors import EngineDeadError, RequestError
 from tiny_tokenizer import byte_level_tokenizer
@@ -196,6 +197,7 @@ def test_with_a_key_every_route_but_the_probes_needs_it(authorization):
         else:
             assert response.status_code == 401, path
             assert error_of(response)["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
@@ -248,6 +250,18 @@ def test_rendering_a_template_has_a_time_limit():
     encoder.close()
 
 
+def test_a_prompt_of_too_many_bytes_is_refused_by_the_name_of_its_field():
+    encoder = PromptEncoder(Tokenizer(byte_level_tokenizer(), max_prompt_bytes=20))
+    for prompt, field in (
+        (encoder.encode(["Hi", "x" * 21], "text"), "text"),
+        (encoder.encode_chat(HELLO, {}), "messages"),
+    ):
+        with pytest.raises(RequestError, match="more than the limit of 20") as error:
+            asyncio.run(prompt)
+        assert error.value.field == field
+    encoder.close()
+
+
 # The schema
 
 
@@ -269,6 +283,22 @@ def test_the_openapi_schema_describes_every_body(api):
     chat = schema["components"]["schemas"]["ChatCompletionRequest"]
     assert chat["required"] == ["messages"]
     assert chat["properties"]["temperature"]["default"] == 1.0
+
+
+def test_the_openapi_schema_names_the_types_of_answers_as_they_come():
+    api = Api(metrics=EngineMetrics("tiny/model", 2, fp4_allgather=True))
+    bodies = BODIES | {
+        "/abort_request": {"rid": "x"},
+        "/v1/tokenize": {"prompt": "Hi"},
+        "/v1/detokenize": {"tokens": [1]},
+    }
+    for method, path in all_routes(api):
+        answers = [api.request(method, path.format(model_id="tiny/model"), json=bodies.get(path))]
+        if path in BODIES:
+            answers.append(api.post(path, {**BODIES[path], "stream": True}))
+        assert {answer.status_code for answer in answers} == {200}, f"{method} {path}"
+        told = api.app.openapi()["paths"][path][method.lower()]["responses"]["200"]["content"]
+        assert told.keys() == {answer.headers["content-type"].partition(";")[0] for answer in answers}
 
 
 def test_the_openapi_schema_names_the_errors_of_every_route_as_they_come(api):

@@ -7,6 +7,7 @@ import hmac
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -69,8 +70,7 @@ def test_no_other_spelling_of_an_admin_route_reaches_it_without_the_key(path):
 def test_the_routes_that_are_open_or_for_administrators_exist():
     """All others need the key, those that are added later, too; a misspelt one here would need none."""
     api = Api()
-    unknown = {path for path in OPEN_PATHS | ADMIN_PATHS if api.get(path).status_code == 404}
-    assert unknown <= {"/start_profile", "/stop_profile"}
+    assert {path for path in OPEN_PATHS | ADMIN_PATHS if api.get(path).status_code == 404} == set()
 
 
 def test_the_routes_that_need_no_key_are_those_that_the_documentation_names():
@@ -113,7 +113,9 @@ def test_secrets_are_neither_logged_nor_told():
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pem")
-    certificate = trustme.CA().issue_cert("127.0.0.1")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca")
+    certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(folder / "key")
     certificate.cert_chain_pems[0].write_to_path(folder / "cert")
     (folder / "damaged").write_text("-----BEGIN CERTIFICATE-----\nx\n")
@@ -148,6 +150,31 @@ def test_an_encrypted_key_without_its_password_is_refused_instead_of_asked_for(t
         with pytest.raises(ConfigError, match="--ssl-keyfile"):
             tls_context(ServerArgs(model_path="m", ssl_keyfile_password=password, **files))
     assert tls_context(ServerArgs(model_path="m", ssl_keyfile_password="right", **files)) is not None
+
+
+def test_with_an_authority_for_clients_only_those_with_its_certificates_get_in(tmp_path, pem):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca")
+    flags = {"ssl_certfile": pem["cert"], "ssl_keyfile": pem["key"], "ssl_ca_certs": str(tmp_path / "ca")}
+    serving = tls_context(ServerArgs(model_path="m", **flags))
+    known, stranger, anonymous = (ssl.create_default_context(cafile=pem["ca"]) for _ in range(3))
+    authority.issue_cert("client").configure_cert(known)
+    trustme.CA().issue_cert("client").configure_cert(stranger)
+    handshake(serving, known)
+    for asking, reason in ((stranger, "VERIFY_FAILED"), (anonymous, "DID_NOT_RETURN_A_CERTIFICATE")):
+        with pytest.raises(ssl.SSLError, match=reason):
+            handshake(serving, asking)
+
+
+def handshake(serving: ssl.SSLContext, asking: ssl.SSLContext) -> None:
+    """In memory, as often as either side has something to say. Raises what the server makes of it."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = serving.wrap_bio(to_server, to_client, server_side=True)
+    client = asking.wrap_bio(to_client, to_server, server_hostname="127.0.0.1")
+    for _ in range(3):
+        for side in (client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
 
 
 # Chat templates

@@ -96,17 +96,19 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> No
 
 
 def resolve_max_new_tokens(
-    requested: int | None, default: int | None, prompt_tokens: int, context_length: int, field: str
+    requested: int | None, default: int | None, prompt_tokens: int, context_length: int, field: str, prompt_field: str
 ) -> int:
     """How many tokens to generate: what was requested, or the default, or else the rest of the context.
 
-    `field` is what the route calls the limit. Raises RequestError when the context has no room for it.
+    `field` and `prompt_field` are what the route calls the limit and the prompt. Raises RequestError when the context
+    has no room for it.
     """
     room = context_length - prompt_tokens
     if room < (requested != 0):
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens, which leaves no room for an answer in the context of"
-            f" {context_length} tokens"
+            f" {context_length} tokens",
+            prompt_field,
         )
     if requested is None:
         return room if default is None else min(default, room)

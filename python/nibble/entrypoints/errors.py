@@ -48,7 +48,11 @@ class ApiError(Exception):
         return orjson.dumps({"error": detail})
 
     def response(self) -> Response:
-        headers = {"retry-after": str(RETRY_AFTER_S)} if self.code == "overloaded" else None
+        headers = {}
+        if self.code == "overloaded":
+            headers["retry-after"] = str(RETRY_AFTER_S)
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
         return Response(self.body(), self.status, headers, "application/json")
 
 
@@ -95,8 +99,8 @@ def validation_error(errors: Sequence[dict[str, Any]], body: Any) -> ApiError:
     if first["type"] == "missing":
         return ApiError(400, f"{param} is required", param)
     limits = [_limit(error) for error in errors if _path_in_body(error, body) == path]
-    # A limit on the size comes from the alternative whose type fits.
-    limit = next((limit for limit in limits if limit.startswith("have ")), None)
+    # A limit on the size or the form comes from the alternative whose type fits.
+    limit = next((limit for limit in limits if limit.startswith(("have ", "match "))), None)
     if limit is None:
         limit = "be " + " or ".join(dict.fromkeys(limit.removeprefix("be ") for limit in limits))
     return ApiError(400, f"{param} should {limit}, got {_shown(first['input'])}", param)

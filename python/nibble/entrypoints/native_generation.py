@@ -58,10 +58,15 @@ class NativeGeneration:
             context.use_rid(body.rid)
         field = "text" if body.input_ids is None else "input_ids"
         choices: list[Choice] = []
-        encoded = await self._context.prompts.encode(prompts)
+        encoded = await self._context.prompts.encode(prompts, field)
         for index, (input_ids, param) in enumerate(zip(encoded, params, strict=True)):
             limit = resolve_max_new_tokens(
-                param.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, len(input_ids), engine.context_length, "max_new_tokens"
+                param.max_new_tokens,
+                DEFAULT_MAX_NEW_TOKENS,
+                len(input_ids),
+                engine.context_length,
+                "max_new_tokens",
+                field,
             )
             if isinstance(body.rid, list):
                 client_id = prompt_id = body.rid[index]

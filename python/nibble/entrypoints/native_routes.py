@@ -6,9 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from nibble.entrypoints.choices import (
-    check_token_ids,
-)
+from nibble.entrypoints.choices import check_token_ids
 from nibble.entrypoints.context import context_of
 from nibble.entrypoints.json_route import JsonRoute
 from nibble.entrypoints.native_generation import NativeGeneration
@@ -17,6 +15,7 @@ from nibble.entrypoints.request_model import is_prompt_list, prompt_list
 from nibble.entrypoints.streaming import (
     DONE_EVENT,
     EventGenerator,
+    answers_with,
     event_stream,
     json_event,
     json_response,
@@ -26,7 +25,7 @@ from nibble.entrypoints.streaming import (
 router = APIRouter(route_class=JsonRoute, tags=["native"])
 
 
-@router.post("/generate")
+@router.post("/generate", responses=answers_with("text/event-stream"))
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Continues one prompt or several; with several prompts or choices, the answer is a list."""
     generation = NativeGeneration(body, context_of(request))
@@ -55,7 +54,7 @@ async def abort_request(body: AbortRequest, request: Request) -> Response:
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of one text or several."""
     context = context_of(request)
-    tokens = await context.prompts.encode(prompt_list(body.prompt), body.add_special_tokens)
+    tokens = await context.prompts.encode(prompt_list(body.prompt), "prompt", body.add_special_tokens)
     counts = [len(token_ids) for token_ids in tokens]
     several = is_prompt_list(body.prompt)
     return json_response(

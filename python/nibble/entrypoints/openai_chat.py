@@ -24,6 +24,7 @@ from nibble.entrypoints.reasoning import Start
 from nibble.entrypoints.streaming import (
     DONE_EVENT,
     EventGenerator,
+    answers_with,
     event_stream,
     json_event,
     json_response,
@@ -37,7 +38,7 @@ _PROMPT_END = 16
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=answers_with("text/event-stream"))
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """Continues a conversation as the assistant."""
     completion = _ChatCompletion(body, context_of(request))
@@ -66,7 +67,7 @@ class _ChatCompletion:
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         requested = getattr(body, field)
         sampling = body.sampling_params(
-            resolve_max_new_tokens(requested, None, len(input_ids), engine.context_length, field)
+            resolve_max_new_tokens(requested, None, len(input_ids), engine.context_length, field, "messages")
         )
         sampling = msgspec.structs.replace(
             sampling,

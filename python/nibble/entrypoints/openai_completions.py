@@ -23,6 +23,7 @@ from nibble.entrypoints.request_model import prompt_list
 from nibble.entrypoints.streaming import (
     DONE_EVENT,
     EventGenerator,
+    answers_with,
     event_stream,
     json_event,
     json_response,
@@ -35,7 +36,7 @@ DEFAULT_MAX_TOKENS = 16
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=answers_with("text/event-stream"))
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continues one prompt or several."""
     completion = _Completion(body, context_of(request))
@@ -66,9 +67,9 @@ class _Completion:
             logprob_start_len=0 if body.echo and body.logprobs is not None else None,
         )
         choices: list[Choice] = []
-        for index, input_ids in enumerate(await self._context.prompts.encode(self._prompts)):
+        for index, input_ids in enumerate(await self._context.prompts.encode(self._prompts, "prompt")):
             limit = resolve_max_new_tokens(
-                body.max_tokens, DEFAULT_MAX_TOKENS, len(input_ids), engine.context_length, "max_tokens"
+                body.max_tokens, DEFAULT_MAX_TOKENS, len(input_ids), engine.context_length, "max_tokens", "prompt"
             )
             sampling = msgspec.structs.replace(body.sampling_params(limit), n=self._candidates, grammar=body.grammar())
             completion_id: str = self._head["id"]

@@ -1,8 +1,9 @@
 """Text to token ids and back for requests, without keeping the event loop from serving streams."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nibble.tokenizer.tokenizer import Tokenizer
@@ -25,8 +26,13 @@ class PromptEncoder:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="prompt-encoder")
         self._short_chats = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="chat-template")
 
-    async def encode(self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of texts, see `Tokenizer.encode`; prompts that are token ids already stay as they are."""
+    async def encode(
+        self, prompts: Sequence[str | list[int]], field: str, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of texts, see `Tokenizer.encode`; prompts that are token ids already stay as they are.
+
+        `field` is what the route calls the prompts.
+        """
 
         def encode_all() -> list[list[int]]:
             return [
@@ -34,7 +40,8 @@ class PromptEncoder:
                 for prompt in prompts
             ]
 
-        return await self._run(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode_all)
+        with _errors_name(field):
+            return await self._run(sum(len(prompt) for prompt in prompts if isinstance(prompt, str)), encode_all)
 
     async def decode(self, token_lists: Sequence[list[int]], skip_special_tokens: bool) -> list[str]:
         """Texts of lists of token ids; see `Tokenizer.decode`."""
@@ -59,7 +66,8 @@ class PromptEncoder:
         threads = self._threads if size > _SHORT_TEXT else self._short_chats
         running = asyncio.get_running_loop().run_in_executor(threads, encoding.run)
         try:
-            return await asyncio.wait_for(running, self._template_timeout_s)
+            with _errors_name("messages"):
+                return await asyncio.wait_for(running, self._template_timeout_s)
         except TimeoutError:
             encoding.interrupt()
             raise RequestError(
@@ -75,6 +83,16 @@ class PromptEncoder:
         if size <= _SHORT_TEXT:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+@contextmanager
+def _errors_name(field: str) -> Iterator[None]:
+    """Those that name no field of the request; the tokenizer knows nothing of requests."""
+    try:
+        yield
+    except RequestError as error:
+        error.field = error.field or field
+        raise
 
 
 def _size(content: Any) -> int:

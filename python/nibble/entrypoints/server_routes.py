@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from nibble.entrypoints.context import ServerContext, context_of
 from nibble.entrypoints.errors import ApiError
-from nibble.entrypoints.streaming import json_response, while_connected
+from nibble.entrypoints.streaming import answers_with, json_response, while_connected
 from nibble.generation import GenerationRequest
 from nibble.sampling_params import SamplingParams
 
@@ -58,8 +58,8 @@ async def server_info(request: Request) -> Response:
     return json_response(context_of(request).engine.server_info())
 
 
-@router.get("/flush_cache")
-@router.post("/flush_cache")
+@router.get("/flush_cache", response_class=Response, responses=answers_with("text/plain"))
+@router.post("/flush_cache", response_class=Response, responses=answers_with("text/plain"))
 async def flush_cache(request: Request) -> Response:
     """Forgets the prefix caches of all ranks; a 400 while requests run or wait."""
     context = context_of(request)

@@ -16,6 +16,11 @@ EventGenerator = AsyncGenerator[bytes, None]
 DONE_EVENT = b"data: [DONE]\n\n"
 
 
+def answers_with(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route, for the schema of the API: text of this type, beside what its `response_class` says."""
+    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
+
+
 def json_response(content: Any) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
 

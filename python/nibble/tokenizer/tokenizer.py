@@ -46,7 +46,7 @@ class Tokenizer:
         """The tokenizer's own end of sequence; a checkpoint's generation_config.json may name more."""
         self.vocab_size: int = 1 + max(hf_tokenizer.get_vocab().values())
         """One more than the largest token id. A model's embedding table may be padded to more."""
-        self._reserved_variables = frozenset(inspect.signature(hf_tokenizer.apply_chat_template).parameters)
+        self._reserved_variables = {"messages", *inspect.signature(hf_tokenizer.apply_chat_template).parameters}
 
     @classmethod
     def from_pretrained(cls, folder: str, trust_remote_code: bool = False) -> "Tokenizer":
