@@ -1,7 +1,7 @@
 """How one request is sampled and when it stops, with the limits of every field."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -48,26 +48,48 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
 
 
-_RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    ("max_new_tokens", lambda v: v >= 0, "must be at least 0"),
-    ("min_new_tokens", lambda v: v >= 0, "must be at least 0"),
-    ("temperature", lambda v: 0 <= v <= 100, "must be between 0 and 100"),
-    ("top_p", lambda v: 0 < v <= 1, "must be greater than 0 and at most 1"),
-    ("top_k", lambda v: v == -1 or v >= 1, "must be -1 (every token) or at least 1"),
-    ("min_p", lambda v: 0 <= v <= 1, "must be between 0 and 1"),
-    ("frequency_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2"),
-    ("presence_penalty", lambda v: -2 <= v <= 2, "must be between -2 and 2"),
-    ("repetition_penalty", lambda v: 0 < v <= 2, "must be greater than 0 and at most 2"),
-    ("n", lambda v: 1 <= v <= MAX_CHOICES, f"must be between 1 and {MAX_CHOICES}"),
-]
+@dataclass(frozen=True)
+class Range:
+    """Of a number; without `least` it must be greater than `low`."""
+
+    low: int
+    high: int | None = None
+    least: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.least else value > self.low
+        return above and value <= (math.inf if self.high is None else self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"at least {self.low}"
+        return (
+            f"between {self.low} and {self.high}" if self.least else f"greater than {self.low} and at most {self.high}"
+        )
+
+
+RANGES = {
+    "max_new_tokens": Range(0),
+    "min_new_tokens": Range(0),
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, least=False),
+    "min_p": Range(0, 1),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 2, least=False),
+    "n": Range(1, MAX_CHOICES),
+}
+BIAS_RANGE = Range(-100, 100)
 
 
 def validate_sampling_params(params: SamplingParams, vocab_size: int) -> None:
     """Raises RequestError with the field, the value and the limit for the first field out of range."""
-    for field, allowed, limit in _RANGES:
+    for field, limits in RANGES.items():
         value = getattr(params, field)
-        if not math.isfinite(value) or not allowed(value):
-            raise RequestError(f"{field} {limit}, got {value}", field)
+        if not math.isfinite(value) or value not in limits:
+            raise RequestError(f"{field} must be {limits}, got {value}", field)
+    if params.top_k < 1 and params.top_k != -1:
+        raise RequestError(f"top_k must be -1 (every token) or at least 1, got {params.top_k}", "top_k")
     if params.min_new_tokens > params.max_new_tokens:
         raise RequestError(
             f"min_new_tokens ({params.min_new_tokens}) must not exceed max_new_tokens ({params.max_new_tokens})",
@@ -83,8 +105,8 @@ def validate_sampling_params(params: SamplingParams, vocab_size: int) -> None:
             f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(params.logit_bias)}", "logit_bias"
         )
     for token, bias in params.logit_bias.items():
-        if not math.isfinite(bias) or not -100 <= bias <= 100:
-            raise RequestError(f"logit_bias must be between -100 and 100, got {bias} for token {token}", "logit_bias")
+        if not math.isfinite(bias) or bias not in BIAS_RANGE:
+            raise RequestError(f"logit_bias must be {BIAS_RANGE}, got {bias} for token {token}", "logit_bias")
 
 
 def _validate_stops(params: SamplingParams) -> None:

@@ -12,6 +12,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
 import fuzz
 from server_process import Server, launch
@@ -19,6 +20,7 @@ from server_process import Server, launch
 NUM_ATTACKS = 400
 OFF_LIMITS = {"/start_profile", "/stop_profile"}
 """Routes that write files."""
+AS_THE_SCHEMA_SAYS = [content_type_conformance, response_schema_conformance]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def test_nothing_that_a_raw_socket_sends_is_a_server_error_or_hangs(server):
     assert report.statuses[200] > NUM_ATTACKS / 10 and report.statuses[400] > NUM_ATTACKS / 4, report.statuses
 
 
-def test_what_breaks_the_schema_is_no_server_error(server):
+def test_what_breaks_the_schema_is_no_server_error_and_is_answered_as_the_schema_says(server):
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     attacked = [operation for operation in operations if operation.body and operation.path not in OFF_LIMITS]
@@ -49,6 +51,7 @@ def test_what_breaks_the_schema_is_no_server_error(server):
     def check(case: schemathesis.Case) -> None:
         response = case.call(timeout=fuzz.ANSWER_SECONDS)
         assert response.status_code < 500, response.text
+        case.validate_response(response, checks=AS_THE_SCHEMA_SAYS)
 
     check()
 

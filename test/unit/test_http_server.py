@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import jsonschema_rs
 import pytest
 
 from fake_engine import BODIES, CHAT, COMPLETIONS, HELLO, Api, conversation, error_of
@@ -283,6 +284,35 @@ def test_the_openapi_schema_describes_every_body(api):
     chat = schema["components"]["schemas"]["ChatCompletionRequest"]
     assert chat["required"] == ["messages"]
     assert chat["properties"]["temperature"]["default"] == 1.0
+
+
+EDGES: list[tuple[str, list[Any], list[Any]]] = [
+    ("temperature", [0, 100], [-0.1, 100.1]),
+    ("top_p", [0.01, 1], [0, 1.1]),
+    ("top_k", [-1, 1], [-2, 0]),
+    ("min_p", [0, 1], [-0.1, 1.1]),
+    ("frequency_penalty", [-2, 2], [-2.1, 2.1]),
+    ("presence_penalty", [-2, 2], [-2.1, 2.1]),
+    ("repetition_penalty", [0.01, 2], [0, 2.1]),
+    ("n", [1, 128], [0, 129]),
+    ("max_new_tokens", [0, 1], [-1]),
+    ("min_new_tokens", [0, 1], [-1]),
+    ("stop", ["x", [], ["x"] * 64], ["", "x" * 1025, ["x"] * 65]),
+    ("stop_regex", ["x", [], ["x"] * 64], ["", "x" * 1025, ["x"] * 65]),
+    ("stop_token_ids", [[], [1] * 64], [[1] * 65]),
+    ("logit_bias", [{}, {"1": 100}, {"2": -100}], [{"x": 1}, {"1": 100.1}, {"1": -101}]),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "inside", "outside"), EDGES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_the_openapi_schema_has_the_limits_of_sampling(api, field, inside, outside):
+    schema = api.app.openapi()["components"]["schemas"]["NativeSampling"]
+    for value in inside + outside:
+        body = {"text": "Hi", "sampling_params": {field: value}}
+        assert api.post("/generate", body).status_code == (200 if value in inside else 400), value
+        assert jsonschema_rs.is_valid(schema, {field: value}) == (value in inside), value
 
 
 def test_the_openapi_schema_names_the_types_of_answers_as_they_come():

@@ -119,7 +119,7 @@ class CompletionRequest(OpenAISampling):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = Field(default=False, description="Begin the text, and the logprobs, with the prompt.")
     best_of: int | None = Field(
-        default=None, le=MAX_CHOICES, description="Generate so many, return the n whose tokens are the likeliest."
+        default=None, ge=1, le=MAX_CHOICES, description="Generate so many, return the n whose tokens are the likeliest."
     )
 
     @model_validator(mode="after")

@@ -6,7 +6,14 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from nibble.sampling_params import MAX_LOGIT_BIAS
+from nibble.sampling_params import (
+    BIAS_RANGE,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    RANGES,
+    Range,
+)
 from nibble.structured_output.grammar import Format, Grammar, ebnf_format, make_grammar, regex_format
 from nibble.utils.errors import RequestError
 
@@ -130,8 +137,35 @@ def _token_keys(value: Any) -> Any:
 LogitBias = Annotated[dict[int, float], BeforeValidator(_token_keys), at_most(MAX_LOGIT_BIAS, "logit_bias")]
 
 
+def _schema_of(limits: Range) -> dict[str, Any]:
+    schema: dict[str, Any] = {"minimum" if limits.least else "exclusiveMinimum": limits.low}
+    return schema if limits.high is None else schema | {"maximum": limits.high}
+
+
+_STOPS = {"minLength": 1, "maxLength": MAX_STOP_LENGTH, "maxItems": MAX_STOPS}  # of a text, or of a list of them
+_LIMITS: dict[str, dict[str, Any]] = {name: _schema_of(limits) for name, limits in RANGES.items()} | {
+    "top_k": {"minimum": -1, "not": {"const": 0}},
+    "stop": _STOPS,
+    "stop_regex": _STOPS,
+    "stop_token_ids": {"maxItems": MAX_STOPS},
+    "logit_bias": {
+        "maxProperties": MAX_LOGIT_BIAS,
+        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+        "additionalProperties": {"type": "number"} | _schema_of(BIAS_RANGE),
+    },
+}
+
+
+def _tell_limits(schema: dict[str, Any]) -> None:
+    """Adds to the schema of a body what `validate_sampling_params` will check."""
+    for name in _LIMITS.keys() & schema["properties"].keys():
+        schema["properties"][name] |= _LIMITS[name]
+
+
 class SamplingFields(RequestModel):
     """The sampling fields that the native and the OpenAI routes spell the same way."""
+
+    model_config = ConfigDict(json_schema_extra=_tell_limits)
 
     temperature: float = Field(default=1.0, description="0 takes the likeliest token each time.")
     top_p: float = 1.0
