@@ -160,6 +160,32 @@ def test_earlier_calls_and_their_results_reach_the_template_as_it_wants_them(wri
     assert f"assistant: a tool[add {expected}]\ntool: 3c1\nassistant:" in prompt_of(api)
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{{ m.role + m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}", "assistantadd"),
+        ("{{ 'text' if '</think>' in m.content }}{% for c in m.tool_calls or [] %}{{ c.id }}{% endfor %}", "c1"),
+        (
+            "{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}"
+            "{% endfor %}{% else %}{{ m.content }}{% endif %}",
+            'add{"a": "é"}',
+        ),
+        ("{{ m.content }}", ""),
+    ],
+    ids=["joins the content", "looks into the content", "shows calls instead of content", "knows no calls"],
+)
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_message_that_only_calls_has_the_content_that_the_template_can_take(content, written, expected):
+    """The official client sends back the content that it got: null. DeepSeek's templates ask for it, Qwen3's can't."""
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}" + written + "{% endif %}{% endfor %}!"
+    api = api_with("3", template)
+    call = CONVERSATION[1]["tool_calls"]
+    api.result(
+        CHAT, {"messages": [*HELLO, {"role": "assistant", "content": content, "tool_calls": call}, CONVERSATION[2]]}
+    )
+    assert prompt_of(api) == expected + "!"
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "5"])
 def test_arguments_of_earlier_calls_are_json_objects(text):
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": text}}

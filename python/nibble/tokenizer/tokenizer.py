@@ -18,6 +18,8 @@ MAX_PROMPT_BYTES = 8 * 2**20
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_PROBE = "probe"
+"""The function that is called when it is tried what a template makes of calls."""
 
 
 class Tokenizer:
@@ -151,9 +153,11 @@ class Tokenizer:
     def _render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
     ) -> str:
-        if any(message.get("tool_calls") for message in messages) and not self._template_wants_arguments_as_text:
-            messages = [_with_argument_objects(message) for message in messages]
-        return self._render_as_it_is(messages, tools, variables)
+        return self._render_as_it_is(
+            [self._with_calls_as_wanted(message) if message.get("tool_calls") else message for message in messages],
+            tools,
+            variables,
+        )
 
     def _render_as_it_is(
         self,
@@ -161,27 +165,52 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        rendered = self._hf.apply_chat_template(
-            [dict(message) for message in messages],
+        # Not by `apply_chat_template`, which leaves out what is None: templates ask whether a content `is none`.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, _ = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
             tools=[dict(tool) for tool in tools] or None,
-            tokenize=False,
+            chat_template=self._hf.get_chat_template(tools=tools or None),
             add_generation_prompt=True,
-            **(variables or {}),
+            **{**self._hf.special_tokens_map, **(variables or {})},
         )
-        return str(rendered)
+        return str(rendered[0])
+
+    def _with_calls_as_wanted(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        calls = message["tool_calls"]
+        if not self._template_wants_arguments_as_text:
+            calls = [
+                {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
+                for call in calls
+            ]
+        return {**message, "tool_calls": calls, "content": message["content"] or self._content_beside_calls}
+
+    @cached_property
+    def _content_beside_calls(self) -> str | None:
+        """Of a message that only calls functions: an empty text, but None where the template shows the calls only then,
+        as DeepSeek-V3's does. It is tried."""
+
+        def shows_call(content: str | None) -> bool:
+            return _PROBE in self._render_call(content, "{}") + self._render_call(content, {})
+
+        return None if shows_call(None) and not shows_call("") else ""
 
     @cached_property
     def _template_wants_arguments_as_text(self) -> bool:
         """Of function calls. Other templates want objects, which they write as JSON themselves: it is tried."""
-        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"probe": 1}}}
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": ""},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-        ]
+        rendered = self._render_call(self._content_beside_calls, {"argument": 1})
+        return not rendered or "{'argument': 1}" in rendered
+
+    def _render_call(self, content: str | None, arguments: str | dict[str, Any]) -> str:
+        """A conversation in which a function is called; empty if the template does not accept it."""
+        call = {"id": "1", "type": "function", "function": {"name": _PROBE, "arguments": arguments}}
         try:
-            return "{'probe': 1}" in self._render_as_it_is(messages)
-        except Exception:
-            return True
+            return self._render_as_it_is(
+                [{"role": "user", "content": ""}, {"role": "assistant", "content": content, "tool_calls": [call]}]
+            )
+        except Exception:  # a template may raise any
+            return ""
 
     def _check_text(self, text: str) -> None:
         try:
@@ -192,14 +221,6 @@ class Tokenizer:
             ) from None
         if size > self._max_prompt_bytes:
             raise RequestError(f"the prompt has {size} bytes, more than the limit of {self._max_prompt_bytes}")
-
-
-def _with_argument_objects(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
-        for call in message.get("tool_calls", ())
-    ]
-    return {**message, "tool_calls": calls} if calls else dict(message)
 
 
 def _byte_of_character() -> dict[str, int]:
