@@ -134,6 +134,11 @@ async def _serve(config: EngineConfig, listener: socket.socket, tls: ssl.SSLCont
         server.should_exit = True
 
     engine = AsyncEngine(config, on_dead)
+    if args.tool_call_parser is not None and not engine.tokenizer.template_shows_tools():
+        logger.warning(
+            "the chat template does not tell the model of functions: it calls them only where tool_choice makes it. "
+            "Put a chat_template.jinja that does beside the tokenizer (--tokenizer-path)"
+        )
     metrics = None
     if args.enable_metrics:
         metrics = EngineMetrics(engine.served_model_name, engine.dp_size, config.fp4_allgather.enabled)

@@ -186,6 +186,15 @@ def test_a_message_that_only_calls_has_the_content_that_the_template_can_take(co
     assert prompt_of(api) == expected + "!"
 
 
+def test_it_is_known_whether_a_template_tells_the_model_of_functions():
+    for template, shows in (
+        (TEMPLATE, True),
+        ("{{ messages[0].content }}", False),
+        ("{{ raise_exception('') }}", False),
+    ):
+        assert Tokenizer(byte_level_tokenizer(template)).template_shows_tools() == shows
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "5"])
 def test_arguments_of_earlier_calls_are_json_objects(text):
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": text}}

@@ -186,6 +186,14 @@ class Tokenizer:
             ]
         return {**message, "tool_calls": calls, "content": message["content"] or self._content_beside_calls}
 
+    def template_shows_tools(self) -> bool:
+        """Whether the model learns which functions it may call; DeepSeek-V3's template leaves them out. It is tried."""
+        tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {"type": "object"}}}
+        try:
+            return _PROBE in self._render_as_it_is([{"role": "user", "content": ""}], [tool])
+        except Exception:  # a template may raise any
+            return False
+
     @cached_property
     def _content_beside_calls(self) -> str | None:
         """Of a message that only calls functions: an empty text, but None where the template shows the calls only then,
