@@ -184,7 +184,7 @@ class Tokenizer:
                 {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"])}}
                 for call in calls
             ]
-        return {**message, "tool_calls": calls, "content": message["content"] or self._content_beside_calls}
+        return {**message, "tool_calls": calls, "content": message.get("content") or self._content_beside_calls}
 
     def template_shows_tools(self) -> bool:
         """Whether the model learns which functions it may call; DeepSeek-V3's template leaves them out. It is tried."""
