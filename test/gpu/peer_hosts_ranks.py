@@ -1,4 +1,4 @@
-"""What one rank does in the tests of peer memory inside several hosts. All share GPU 0: neighbours play a host."""
+"""What one rank does in the tests of peer memory inside several hosts. Neighbours play a host."""
 
 import sys
 from pathlib import Path
@@ -18,6 +18,7 @@ from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_
 from nibble.distributed.pynccl import PyNcclCommunicator
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
 from nibble.kernels.torch.wire_row import quantize_pack
+from nibble.kernels.triton.compile_once import compile_once
 from nibble.layers.dp_attention import DpStep, dp_step
 from nibble.layers.moe.combiner import make_combiner
 from nibble.layers.moe.peer_dispatcher import PeerCombiner, PeerMemoryDispatcher
@@ -33,6 +34,7 @@ class OnHost:
         host, place = divmod(rank.rank, size)
         name = f"{num_hosts}-hosts{'-fp8' if fp8_partial else ''}"
         torch.cuda.set_device(DEVICE)
+        compile_once()
         self.on_host = SharedMemoryCommunicator(place, size, rank.run_dir, f"{name}-host{host}", 30)
         self.all_hosts = SharedMemoryCommunicator(rank.rank, rank.world_size, rank.run_dir, f"{name}-all", 30)
         layout = SegmentLayout(MAX_ROWS, LAYOUT.row_bytes, LAYOUT.hidden_size, fp8_partial)

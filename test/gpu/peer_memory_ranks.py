@@ -18,6 +18,7 @@ from nibble.distributed.communicator import PeerError
 from nibble.distributed.peer_memory import PeerMemory, SegmentLayout, open_peer_memory
 from nibble.distributed.shared_memory import SharedMemoryCommunicator
 from nibble.kernels.torch.wire_row import WireRowLayout, quantize_pack
+from nibble.kernels.triton.compile_once import compile_once
 from nibble.kernels.triton.fp8_row import leave_result
 from nibble.kernels.triton.peer_combine import peer_combine
 from nibble.kernels.triton.peer_dispatch import peer_dispatch
@@ -42,6 +43,7 @@ def join(
     group = SharedMemoryCommunicator(rank.rank, rank.world_size, rank.run_dir, name, 30)
     rank.state[f"cpu group {name}"] = group
     torch.cuda.set_device(DEVICE)
+    compile_once()
     layout = SegmentLayout(max_rows, LAYOUT.row_bytes, LAYOUT.hidden_size, fp8_partial)
     return open_peer_memory(group, DEVICE, layout, timeout_s)
 

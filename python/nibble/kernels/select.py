@@ -107,6 +107,7 @@ def _c_kernels() -> Kernels:
 
 def _triton_kernels() -> Kernels:
     """Torch's own where they are as good as a kernel of ours would be."""
+    from nibble.kernels.triton.compile_once import compile_once
     from nibble.kernels.triton.fp8_row import quantize_fp8_rows, sum_fp8_rows
     from nibble.kernels.triton.fused_moe import Nvfp4MoE
     from nibble.kernels.triton.latent import rope_latent
@@ -115,6 +116,7 @@ def _triton_kernels() -> Kernels:
     from nibble.kernels.triton.topk import grouped_topk, topk_softmax
     from nibble.kernels.triton.wire_row import quantize_pack
 
+    compile_once()
     return replace(
         _torch_kernels(),
         qk_norm_rope=qk_norm_rope,
