@@ -1,5 +1,6 @@
 """`/v1/models`."""
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,6 +11,8 @@ from nibble.entrypoints.errors import ApiError
 from nibble.entrypoints.streaming import json_response
 
 router = APIRouter(tags=["OpenAI"])
+
+_STARTED_AT = int(time.time())
 
 
 @router.get("/v1/models")
@@ -31,7 +34,7 @@ def _model(engine: EngineClient) -> dict[str, Any]:
     return {
         "id": engine.served_model_name,
         "object": "model",
-        "created": 0,
+        "created": _STARTED_AT,
         "owned_by": "nibble",
         "max_model_len": engine.context_length,
     }
