@@ -1,4 +1,7 @@
-"""Without a GPU Triton kernels run interpreted. Triton reads the choice when it is first imported."""
+"""Without a GPU Triton kernels run interpreted. Triton reads the choice when it is first imported.
+
+Tensors are small then, and threads that share them would wait for each other more than they compute.
+"""
 
 import os
 
@@ -6,3 +9,4 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
