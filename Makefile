@@ -25,15 +25,19 @@ DEMO_deepseek := nibble-demo-deepseek-3m
 DEMO := $(DEMO_$(FAMILY))
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
+# The many processes of the tests would each compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install serve test lint eval fuzz soak stress bench demo-model
 
 install: $(VENV)/.installed
 
 # PyTorch first and by itself: asked for by another package, pip may choose a build with gigabytes of CUDA.
+# What is never imported need not be compiled.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 serve: install
