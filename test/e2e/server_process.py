@@ -7,13 +7,15 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
+
+from forked_server import ForkedServer
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
 
@@ -26,7 +28,9 @@ def parallel_flags(ranks: int) -> list[str]:
 class Server:
     """A running `python -m nibble.launch_server`."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, log: Path, tls: str | None = None) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str] | ForkedServer, port: int, log: Path, tls: str | None = None
+    ) -> None:
         """`tls`: the authority of the server's certificate, if it speaks HTTPS."""
         self.process = process
         self.port = port
@@ -77,22 +81,18 @@ def launch(
     ready: bool = True,
     faults: str = "",
     tls: str | None = None,
+    forked: bool = True,
 ) -> Iterator[Server]:
     """A server that is gone when the block ends, whatever happened in it.
 
-    `faults`: see nibble.scheduler.fault_injection. `tls`: see Server.
+    `faults`: see nibble.scheduler.fault_injection. `tls`: see Server. `forked`: not by the command itself, see
+    forked_server.py.
     """
     port = free_port()
-    command = [sys.executable, "-m", "nibble.launch_server", "--model-path", str(model), "--port", str(port), *flags]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "NIBBLE_TEST_FAULTS": faults},
-        )
+    options = ["--model-path", str(model), "--port", str(port), *flags]
+    environment = {**os.environ, "NIBBLE_TEST_FAULTS": faults}
+    start = ForkedServer if forked else run_command
+    process = start(options, log, environment)
     server = Server(process, port, log, tls)
     try:
         if ready:
@@ -102,6 +102,14 @@ def launch(
         process.kill()
         process.wait()
         server.client.close()
+
+
+def run_command(options: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nibble.launch_server", *options]
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+        )
 
 
 def free_port() -> int:

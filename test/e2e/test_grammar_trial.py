@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -175,8 +176,18 @@ def live(runner, trial, tmp_path) -> Callable[[Callable[[Ranks], Coroutine[None,
     return lambda life: runner.run(life(Ranks(tmp_path, trial)))
 
 
+def trial_processes() -> list[psutil.Process]:
+    """Those that have not ended; other children of this process have nothing to do with them."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if "grammar" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def trial_process() -> psutil.Process:
-    return psutil.Process().children()[0]
+    return trial_processes()[0]
 
 
 async def prepare_while_killing(ranks: Ranks, pattern: str, times: int) -> str | None:
@@ -187,7 +198,7 @@ async def prepare_while_killing(ranks: Ranks, pattern: str, times: int) -> str |
     await asyncio.sleep(0.1)
     for _ in range(times - 1):
         process.kill()
-        while not (others := [child for child in psutil.Process().children() if child != process]):
+        while not (others := [child for child in trial_processes() if child != process]):
             await asyncio.sleep(0.01)
         process = others[0]
     process.kill()

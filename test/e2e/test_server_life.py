@@ -124,7 +124,7 @@ def test_a_server_killed_under_load_takes_its_ranks_with_it(server):
 
 def test_ctrl_c_ends_the_server_cleanly_with_nothing_left_behind(tmp_path):
     before = shared_files()
-    with launch(tmp_path / "log", *TWO_RANKS) as server:
+    with launch(tmp_path / "log", *TWO_RANKS, forked=False) as server:
         ranks = server.rank_processes()
         assert len(ranks) == 2
         server.process.send_signal(signal.SIGINT)
@@ -284,7 +284,7 @@ def refusal(model: Path) -> str:
 
 
 def test_an_impossible_combination_is_refused_before_anything_starts(tmp_path):
-    with launch(tmp_path / "log", "--tp", "2", "--dp", "2", ready=False) as server:
+    with launch(tmp_path / "log", "--tp", "2", "--dp", "2", ready=False, forked=False) as server:
         assert server.wait_for_exit(30) == 1
     assert (tmp_path / "log").read_text().strip() == "error: --dp-size 2 needs --enable-dp-attention"
 
