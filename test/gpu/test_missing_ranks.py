@@ -1,6 +1,7 @@
 """What the others do when a rank does not come: they name it in time, and the GPU stays usable.
 
-Last of all: who fails here leaves kernels behind that wait, and under MPS all programs that use the GPU end with those.
+Who fails here leaves kernels behind that wait, and under MPS all programs that use the GPU end with those: then look at
+this file's failures first.
 """
 
 import re
