@@ -1,6 +1,7 @@
 """Servers begin in copies of a process that has imported what they need: that takes longer than the rest of a start."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,12 +18,11 @@ class ForkedServer:
     """What tests use of a `subprocess.Popen`. The server has a session of its own."""
 
     def __init__(self, flags: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-        log.touch()
+        log.write_text("")
         self._process = _CONTEXT.Process(target=_serve, args=(flags, log, environment))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
-        self.kill, self.terminate = self._process.kill, self._process.terminate
 
     @property
     def returncode(self) -> int | None:
@@ -38,7 +38,14 @@ class ForkedServer:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _serve(flags: Sequence[str], log: Path, environment: dict[str, str]) -> None:

@@ -2,10 +2,12 @@
 
 import inspect
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
-from triton.language import core
-from triton.runtime import interpreter
+if find_spec("triton"):
+    from triton.language import core
+    from triton.runtime import interpreter
 
 
 @cache
@@ -21,4 +23,5 @@ def patch_builtins(namespace: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(namespace, name, member, builder, scope)
 
 
-interpreter._patch_builtin = patch_builtins
+if find_spec("triton"):
+    interpreter._patch_builtin = patch_builtins

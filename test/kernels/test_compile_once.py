@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +86,9 @@ def test_nobody_waits_for_ever_for_a_process_that_is_stopped(cache: Path, monkey
     compile_once._after()
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     monkeypatch.setattr(compile_once, "_PATIENCE_S", 0.05)
+    start = time.monotonic()
     compile_once._before(key="first", fn=KERNEL)
+    assert time.monotonic() - start >= 0.05
     os.close(other)
 
 

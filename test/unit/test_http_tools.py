@@ -170,9 +170,20 @@ def test_earlier_calls_and_their_results_reach_the_template_as_it_wants_them(wri
             "{% endfor %}{% else %}{{ m.content }}{% endif %}",
             'add{"a": "é"}',
         ),
+        (
+            "{% if loop.last %}{{ raise_exception('unanswered') }}{% endif %}"
+            "{% if m.content is none %}{{ m.tool_calls[0].function.name }}{% endif %}",
+            "add",
+        ),
         ("{{ m.content }}", ""),
     ],
-    ids=["joins the content", "looks into the content", "shows calls instead of content", "knows no calls"],
+    ids=[
+        "joins the content",
+        "looks into the content",
+        "shows calls instead of content",
+        "wants calls to be answered",
+        "knows no calls",
+    ],
 )
 @pytest.mark.parametrize("content", [None, ""])
 def test_a_message_that_only_calls_has_the_content_that_the_template_can_take(content, written, expected):
@@ -190,7 +201,7 @@ def test_it_is_known_whether_a_template_tells_the_model_of_functions():
     for template, shows in (
         (TEMPLATE, True),
         ("{{ messages[0].content }}", False),
-        ("{{ raise_exception('') }}", False),
+        ("{{ raise_exception('') }}", True),  # this conversation is refused, which says nothing of others
     ):
         assert Tokenizer(byte_level_tokenizer(template)).template_shows_tools() == shows
 

@@ -86,7 +86,7 @@ def test_variables_reach_the_template():
     assert TOKENIZER.render_chat_template(messages, {"enable_thinking": False}).endswith("<think></think>")
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize", "continue_final_message", "messages"])
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "continue_final_message", "messages", "conversations"])
 def test_variables_cannot_replace_the_template_or_its_settings(name):
     with pytest.raises(RequestError):
         TOKENIZER.render_chat_template([{"role": "user", "content": "Hi"}], {name: "x"})

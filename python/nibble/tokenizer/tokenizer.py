@@ -5,6 +5,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _PROBE = "probe"
 """The function that is called when it is tried what a template makes of calls."""
+_CALL_ID = "call00001"  # Mistral's templates insist on nine letters and digits
 
 
 class Tokenizer:
@@ -48,7 +50,6 @@ class Tokenizer:
         """The tokenizer's own end of sequence; a checkpoint's generation_config.json may name more."""
         self.vocab_size: int = 1 + max(hf_tokenizer.get_vocab().values())
         """One more than the largest token id. A model's embedding table may be padded to more."""
-        self._reserved_variables = {"messages", *inspect.signature(hf_tokenizer.apply_chat_template).parameters}
 
     @classmethod
     def from_pretrained(cls, folder: str, trust_remote_code: bool = False) -> "Tokenizer":
@@ -165,7 +166,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        # Not by `apply_chat_template`, which leaves out what is None: templates ask whether a content `is none`.
+        # Not by `apply_chat_template`, which may leave out what is None: templates ask whether a content `is none`.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, _ = render_jinja_template(
@@ -190,9 +191,17 @@ class Tokenizer:
         """Whether the model learns which functions it may call; DeepSeek-V3's template leaves them out. It is tried."""
         tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {"type": "object"}}}
         try:
-            return _PROBE in self._render_as_it_is([{"role": "user", "content": ""}], [tool])
-        except Exception:  # a template may raise any
-            return False
+            return _PROBE in self._render_as_it_is([{"role": "user", "content": "?"}], [tool])
+        except Exception:  # a template may raise any; that this one refuses says nothing of others
+            return True
+
+    @cached_property
+    def _reserved_variables(self) -> set[str]:
+        """What no request may pass to the template by name."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        renderers = (self._hf.apply_chat_template, render_jinja_template)
+        return {"self", "messages"}.union(*(inspect.signature(renderer).parameters for renderer in renderers))
 
     @cached_property
     def _content_beside_calls(self) -> str | None:
@@ -212,13 +221,15 @@ class Tokenizer:
 
     def _render_call(self, content: str | None, arguments: str | dict[str, Any]) -> str:
         """A conversation in which a function is called; empty if the template does not accept it."""
-        call = {"id": "1", "type": "function", "function": {"name": _PROBE, "arguments": arguments}}
-        try:
-            return self._render_as_it_is(
-                [{"role": "user", "content": ""}, {"role": "assistant", "content": content, "tool_calls": [call]}]
-            )
-        except Exception:  # a template may raise any
-            return ""
+        call = {"id": _CALL_ID, "type": "function", "function": {"name": _PROBE, "arguments": arguments}}
+        called: list[dict[str, Any]] = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+        ]
+        for messages in ([*called, {"role": "tool", "tool_call_id": _CALL_ID, "content": "?"}], called):
+            with suppress(Exception):  # a template may raise any
+                return self._render_as_it_is(messages)
+        return ""
 
     def _check_text(self, text: str) -> None:
         try:

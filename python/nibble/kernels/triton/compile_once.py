@@ -23,6 +23,7 @@ def compile_once() -> None:
     """For this process, from now on: a kernel that another process compiles is awaited, then found in Triton's cache.
 
     For processes that share that cache; where its folder can't be written to or locked, each compiles for itself.
+    Kernels are compiled by one thread of a process.
     """
     knobs.runtime.jit_cache_hook = _before
     knobs.runtime.jit_post_compile_hook = _after
