@@ -4,8 +4,8 @@
         results = ranks.run(function, sizes=[1, 2, 3])  # in rank order
 
 `function(rank, **arguments)` is a top-level function of any file and gets a `Rank`. It is passed on as file and
-name; arguments and results travel as JSON. The processes import torch once and serve many calls. They end with
-their parent, however that one dies.
+name; arguments and results travel as JSON. The processes have RANK and WORLD_SIZE in their environment, import torch
+once and serve many calls. They end with their parent, however that one dies.
 """
 
 import contextlib

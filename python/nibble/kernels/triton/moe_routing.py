@@ -24,9 +24,8 @@ def choose_assign_tile(num_pairs: int) -> int:
 
 @triton.jit
 def load_block(block, blocks_ptr, max_blocks):
-    """A block's expert (int64) and number of pairs; without meaning where there are fewer blocks."""
-    block_ptr = blocks_ptr + block
-    return tl.load(block_ptr).to(tl.int64), tl.load(block_ptr + max_blocks)
+    """The expert (int64) and number of pairs of a block below `max_blocks`; without meaning beyond the last one."""
+    return tl.load(blocks_ptr + block).to(tl.int64), tl.load(blocks_ptr + max_blocks + block)
 
 
 @triton.jit

@@ -70,7 +70,7 @@ class Tiling:
     block_k: int
     num_warps: int
     num_stages: int
-    programs_per_multiprocessor: int = 1  # how many are worth while where columns are shared out to have as many
+    programs_per_multiprocessor: int = 1  # to have so many, `Nvfp4Linear` shares out columns
     max_registers: int | None = None  # of a thread
 
     def step(self, columns: int) -> int:
@@ -186,7 +186,8 @@ def _decode(words, scales):
         w2 = ((bits << 6) & 0x0E00) | ((bits << 1) & 0x8000)
         w3 = ((bits << 9) & 0x0E00) | ((bits << 2) & 0x8000)
         return _as_fp16(w0) * scales, _as_fp16(w1) * scales, _as_fp16(w2) * scales, _as_fp16(w3) * scales
-    else:  # the same on two at a time
+    else:
+        # The same on two at a time. A factor 2^a + 2^b shifts magnitude and sign at once; carries end below them.
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 w0, w1, w2, w3;
