@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256, 512, 4096])
     args = parser.parse_args()
+    torch.manual_seed(0)
     copy_bandwidth, matmul_rate = measure_copy_bandwidth(), measure_matmul_rate()
     device = torch.cuda.get_device_name()
     print(f"{device}; a large copy moves {copy_bandwidth / 1e9:.0f} GB/s, BF16 {matmul_rate / 1e12:.0f} TFLOP/s")

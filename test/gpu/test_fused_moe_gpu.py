@@ -61,6 +61,13 @@ class TestExperts:
         batch = cases.random_batch(2, 500, 512, 2, 0, 4)
         cases.assert_like_torch(packed, batch, 0, "cuda")
 
+    @pytest.mark.parametrize("rows", [1, 3, 8])
+    def test_few_pairs_with_wide_rows_are_cut_by_columns(self, rows: int) -> None:
+        """As on a rank with a few of DeepSeek-R1's 256 experts."""
+        packed = cases.random_experts(4, 6, 7168, 256)
+        batch = cases.random_batch(4, rows, 7168, 3, -1, 8)
+        cases.assert_like_torch(packed, batch, 0, "cuda", num_experts=80)
+
     def test_bf16_results_are_near_those_of_torch(self) -> None:
         packed, batch = cases.random_experts(3, 4, 512, 256), cases.random_batch(3, 50, 512, 3, 0, 4)
         out = Nvfp4MoE(cases.experts_to(packed, "cuda"), 0)(*batch.to("cuda").arguments)

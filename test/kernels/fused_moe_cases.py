@@ -19,6 +19,7 @@ from nibble.kernels.triton.nvfp4_tiles import Tiling
 INPUT_SCALE = torch.tensor(4.0 / 2688)
 TILINGS = [
     Tiling(16, 16, 64, 256, 4, 4),
+    Tiling(16, 16, 64, 128, 4, 6, max_splits=3),
     Tiling(32, 16, 128, 128, 4, 3, max_registers=128),
     Tiling(64, 64, 64, 128, 4, 3),
     Tiling(128, 32, 128, 128, 8, 3),
@@ -112,9 +113,15 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     assert error.median() <= (4 * rounding if rounding > 1e-4 else 1e-5) * size / expected.numel() ** 0.5
 
 
-def assert_like_torch(packed: PackedNvfp4Experts, batch: Batch, first_expert: int = 0, device: str = "cpu") -> None:
+def assert_like_torch(
+    packed: PackedNvfp4Experts,
+    batch: Batch,
+    first_expert: int = 0,
+    device: str = "cpu",
+    num_experts: int | None = None,
+) -> None:
     expected = TorchMoE(packed, first_expert)(*batch.arguments)
-    moe = fused_moe.Nvfp4MoE(experts_to(packed, device), first_expert, dtype=torch.float32)
+    moe = fused_moe.Nvfp4MoE(experts_to(packed, device), first_expert, num_experts, dtype=torch.float32)
     got = moe(*batch.to(device).arguments)
     assert got.dtype == torch.float32
     assert_close(got, expected)
@@ -124,6 +131,7 @@ def assert_like_torch(packed: PackedNvfp4Experts, batch: Batch, first_expert: in
 
 def use_tiling(patch: pytest.MonkeyPatch, tiling: Tiling) -> None:
     patch.setattr(fused_moe, "choose_tilings", lambda pairs_per_expert: (tiling, tiling))
+    patch.setattr(fused_moe, "_SPLIT_COLUMNS", 128)
 
 
 def assert_leaves_result_where_told(moe: Experts, batch: Batch, hidden: int) -> None:

@@ -63,6 +63,15 @@ class TestAgreement:
         batch.topk_ids[:50, 0] = 1  # more pairs than a block holds
         cases.assert_like_torch(packed, batch)
 
+    def test_few_pairs_with_wide_rows_are_cut_by_columns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a rank with few of the experts, where they would not keep a GPU busy otherwise."""
+        packed = cases.random_experts(4, 2, 2304, 16)
+        batch = cases.random_batch(4, 3, 2304, 2, -1, 4)
+        cases.assert_like_torch(packed, batch, num_experts=64)
+        monkeypatch.setattr(fused_moe, "_sum_splits_kernel", None)
+        with pytest.raises(TypeError, match="NoneType"):
+            Nvfp4MoE(packed, 0, num_experts=64)(*batch.arguments)
+
     def test_it_is_the_product_of_the_dequantized_tensors(self) -> None:
         batch = batch_of(3, 12)
         cases.assert_close(run(batch), cases.float64_reference(PACKED, batch, 0))
@@ -163,7 +172,7 @@ class TestViews:
 
 def test_zero_rows_launch_nothing_and_keep_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = Nvfp4MoE(PACKED, 0)
-    for kernel in ("prepare", "_gate_up_kernel", "_down_kernel", "add_results"):
+    for kernel in ("prepare", "_gate_up_kernel", "_sum_splits_kernel", "_down_kernel", "add_results"):
         monkeypatch.setattr(fused_moe, kernel, None)
     out = moe(*(tensor[:0] for tensor in batch_of(17, 1).arguments))
     assert (out.shape, out.dtype) == ((0, HIDDEN), torch.bfloat16)

@@ -4,7 +4,8 @@ The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in a ch
 
 1. `prepare` sorts the (row, expert) pairs of this rank by expert, into blocks of pairs of one expert, and unpacks the
    rows to fp16;
-2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result;
+2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result. Where tiles are so few that they
+   leave multiprocessors without work, it shares out the columns, too, and `_sum_splits_kernel` does the rest;
 3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
 4. `add_results` adds the results of each row, and quantizes the sum where it belongs into an FP8 row.
 
@@ -29,6 +30,7 @@ from nibble.kernels.triton.moe_prepare import prepare
 from nibble.kernels.triton.moe_results import add_results
 from nibble.kernels.triton.moe_routing import load_block, load_pairs
 from nibble.kernels.triton.nvfp4_tiles import (
+    ROW_MULTIPLE,
     WEIGHT_UNIT,
     NvFp4Tiles,
     Tiling,
@@ -40,25 +42,28 @@ from nibble.kernels.triton.nvfp4_tiles import (
 
 # Rows of one pass: beyond, the results of all pairs would take more memory than they save time.
 _MAX_ROWS = 4096
+_SPLIT_COLUMNS = 1024  # what a split of gate and up has at least
 
 
 def choose_tilings(pairs_per_expert: float) -> tuple[Tiling, Tiling]:
     """Of gate and up, and of down, with the same `block_m`: by the mean number of pairs, so that most experts need one
     block. They are the fastest of many on an H200.
     """
-    narrow = Tiling(16, 16, 64, 128, 4, 4)
-    wide = Tiling(16, 16, 128, 128, 4, 4, max_registers=128)  # so that four programs fit on a multiprocessor
-    if pairs_per_expert <= 0.15:  # too few tiles of 128 for all multiprocessors
-        return replace(narrow, num_stages=8), narrow
-    if pairs_per_expert <= 0.3:
-        return wide, narrow
+    narrow = Tiling(16, 16, 64, 128, 4, 6, max_registers=128)
+    wide = Tiling(16, 16, 128, 128, 4, 4, max_registers=128)
+    if pairs_per_expert <= 0.1:
+        return replace(narrow, max_splits=4), narrow
+    if pairs_per_expert <= 0.15:
+        return replace(wide, max_splits=4), narrow
+    if pairs_per_expert <= 0.6:
+        return replace(wide, max_splits=4), wide
     if pairs_per_expert <= 12:
         return wide, wide
-    if pairs_per_expert <= 20:
-        return (Tiling(32, 16, 128, 128, 4, 4),) * 2
-    if pairs_per_expert <= 64:
-        return (Tiling(64, 32, 128, 128, 8, 3),) * 2
-    return Tiling(128, 32, 128, 128, 8, 3), Tiling(128, 32, 64, 128, 4, 3)
+    if pairs_per_expert <= 24:
+        return (Tiling(32, 16, 128, 128, 4, 3, max_registers=128),) * 2
+    if pairs_per_expert <= 90:
+        return (Tiling(64, 32, 128, 128, 8, 3, max_registers=128),) * 2
+    return (Tiling(128, 32, 64, 128, 4, 3),) * 2
 
 
 class Nvfp4MoE:
@@ -110,7 +115,9 @@ class Nvfp4MoE:
         results = out.new_empty(pairs, self.hidden_size, dtype=self.dtype)
 
         blocks = prepare(x_fp4, x_scale, topk_ids, self.first_expert, self.num_local, tiling.block_m, x)
-        _gate_up_kernel[(blocks.max_blocks * self.w13.rows // tiling.block_n,)](
+        splits = min(tiling.max_splits, max(1, self.w13.columns // _SPLIT_COLUMNS))
+        sums = hidden if splits == 1 else x.new_empty(splits, pairs, self.w13.rows, dtype=torch.float32)
+        _gate_up_kernel[(blocks.max_blocks * self.w13.rows // tiling.block_n * splits,)](
             self.w13.words,
             self.w13.scales,
             self.g1_gate_up,
@@ -119,10 +126,12 @@ class Nvfp4MoE:
             blocks.pairs,
             blocks.experts_and_counts,
             blocks.num_blocks,
-            hidden,
+            sums,
+            pairs,
             blocks.max_blocks,
             ROWS=self.w13.rows,
             COLUMNS=self.w13.columns,
+            SPLITS=splits,
             TOP_K=top_k,
             BLOCK_M=tiling.block_m,
             SMALL_M=tiling.small_m,
@@ -134,6 +143,25 @@ class Nvfp4MoE:
             launch_pdl=overlaps_predecessor(),
             enable_fp_fusion=False,
         )
+        if splits > 1:
+            _sum_splits_kernel[(pairs, self.w13.rows // ROW_MULTIPLE)](
+                sums,
+                topk_ids,
+                self.g1_gate_up,
+                self.w2_input_scale,
+                hidden,
+                topk_ids.stride(0),
+                topk_ids.stride(1),
+                self.first_expert,
+                NUM_EXPERTS=self.num_local,
+                ROWS=self.w13.rows,
+                SPLITS=splits,
+                TOP_K=top_k,
+                BLOCK_N=ROW_MULTIPLE,
+                num_warps=1,
+                launch_pdl=overlaps_predecessor(),
+                enable_fp_fusion=False,
+            )
         _down_kernel[(blocks.max_blocks * self.w2.rows // down_tiling.block_n,)](
             self.w2.words,
             self.w2.scales,
@@ -186,7 +214,7 @@ def _interleave_gate_up(w13: Tensor) -> Tensor:
     return eights.transpose(1, 2).reshape(experts, -1, *rest)
 
 
-@triton.jit(do_not_specialize=["max_blocks"])
+@triton.jit(do_not_specialize=["total_pairs", "max_blocks"])
 def _gate_up_kernel(
     words_ptr,
     scales_ptr,
@@ -196,39 +224,44 @@ def _gate_up_kernel(
     sorted_pairs_ptr,
     blocks_ptr,
     num_blocks_ptr,
-    hidden_ptr,
+    out_ptr,
+    total_pairs,
     max_blocks,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """With one split `out` are the hidden values, otherwise the sums of each, fp32 [SPLITS, total_pairs, ROWS]."""
     ROW_TILES: tl.constexpr = ROWS // BLOCK_N
     wait_for_predecessor()
     let_successor_start()
-    block, row_tile = tl.program_id(0) // ROW_TILES, tl.program_id(0) % ROW_TILES
+    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    block, row_tile = tile // ROW_TILES, tile % ROW_TILES
     expert, num_pairs = load_block(block, blocks_ptr, max_blocks)
     if block < tl.load(num_blocks_ptr):
         if SMALL_M < BLOCK_M and num_pairs <= SMALL_M:
             _gate_up_tile(
-                row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, SMALL_M),
-                words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr, x_ptr, hidden_ptr,
-                ROWS, COLUMNS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
+                row_tile, split, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, SMALL_M),
+                words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr, x_ptr, out_ptr, total_pairs,
+                ROWS, COLUMNS, SPLITS, TOP_K, SMALL_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _gate_up_tile(
-                row_tile, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, BLOCK_M),
-                words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr, x_ptr, hidden_ptr,
-                ROWS, COLUMNS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                row_tile, split, expert, load_pairs(block, sorted_pairs_ptr, num_pairs, BLOCK_M, BLOCK_M),
+                words_ptr, scales_ptr, alpha_ptr, hidden_scale_ptr, x_ptr, out_ptr, total_pairs,
+                ROWS, COLUMNS, SPLITS, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
 @triton.jit
 def _gate_up_tile(
     row_tile,
+    split,
     expert,
     pairs,
     words_ptr,
@@ -236,24 +269,85 @@ def _gate_up_tile(
     alpha_ptr,
     hidden_scale_ptr,
     x_ptr,
-    hidden_ptr,
+    out_ptr,
+    total_pairs,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    HIDDEN_BLOCKS: tl.constexpr = BLOCK_N // 32  # blocks of 16 hidden values
+    STEPS: tl.constexpr = COLUMNS // BLOCK_K
     pair, mask = pairs
     # Before the product, so that the end does not wait for them.
-    gate_alpha, up_alpha = tl.load(alpha_ptr + expert * 2), tl.load(alpha_ptr + expert * 2 + 1)
-    hidden_scale = tl.load(hidden_scale_ptr + expert)
+    factors = _load_factors(expert, alpha_ptr, hidden_scale_ptr)
     acc = multiply_rows(
         words_ptr + expert * (ROWS * COLUMNS // 4), scales_ptr + expert * (ROWS * COLUMNS // 16),
-        row_tile * BLOCK_N, COLUMNS // 128, 0, COLUMNS // BLOCK_K,
+        row_tile * BLOCK_N, COLUMNS // 128, split * STEPS // SPLITS, (split + 1) * STEPS // SPLITS,
         x_ptr + (pair // TOP_K).to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
     )  # fmt: skip
+    if SPLITS == 1:
+        _store_hidden(acc, factors, row_tile, pairs, out_ptr, ROWS, BLOCK_M, BLOCK_N)
+    else:
+        sum_row = (split * total_pairs + pair).to(tl.int64)[:, None]
+        sum_ptrs = out_ptr + sum_row * ROWS + row_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(sum_ptrs, acc.T, mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def _sum_splits_kernel(
+    sums_ptr,
+    ids_ptr,
+    alpha_ptr,
+    hidden_scale_ptr,
+    hidden_ptr,
+    ids_stride,
+    ids_slot_stride,
+    first_expert,
+    NUM_EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Adds, in order, the sums that `_gate_up_kernel` has left, and finishes its work: a pair's run of `BLOCK_N`."""
+    pair, row_tile = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(ids_ptr + pair // TOP_K * ids_stride + pair % TOP_K * ids_slot_stride) - first_expert
+    wait_for_predecessor()
+    let_successor_start()
+    if (expert >= 0) & (expert < NUM_EXPERTS):
+        factors = _load_factors(expert, alpha_ptr, hidden_scale_ptr)
+        row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros([BLOCK_N], tl.float32)
+        for split in tl.static_range(SPLITS):
+            acc += tl.load(sums_ptr + (split * tl.num_programs(0) + pair).to(tl.int64) * ROWS + row)
+        pairs = pair + tl.arange(0, 1), tl.full([1], True, tl.int1)
+        _store_hidden(acc[:, None], factors, row_tile, pairs, hidden_ptr, ROWS, 1, BLOCK_N)
+
+
+@triton.jit
+def _load_factors(expert, alpha_ptr, hidden_scale_ptr):
+    """What gate and up are multiplied by, and the input scale of down."""
+    return tl.load(alpha_ptr + expert * 2), tl.load(alpha_ptr + expert * 2 + 1), tl.load(hidden_scale_ptr + expert)
+
+
+@triton.jit
+def _store_hidden(
+    acc,
+    factors,
+    row_tile,
+    pairs,
+    hidden_ptr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """SwiGLU and the second quantization of a tile's sums [BLOCK_N, BLOCK_M]."""
+    HIDDEN_BLOCKS: tl.constexpr = BLOCK_N // 32  # blocks of 16 hidden values
+    pair, mask = pairs
+    gate_alpha, up_alpha, hidden_scale = factors
     gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
     gate *= gate_alpha
     up *= up_alpha

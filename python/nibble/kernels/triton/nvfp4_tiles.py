@@ -72,6 +72,7 @@ class Tiling:
     num_stages: int
     programs_per_multiprocessor: int = 1  # to have so many, `Nvfp4Linear` shares out columns
     max_registers: int | None = None  # of a thread
+    max_splits: int = 1  # of the columns, by `Nvfp4MoE`
 
     def step(self, columns: int) -> int:
         """The columns of a step, for a padded width of `columns`."""
