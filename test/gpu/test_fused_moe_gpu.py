@@ -35,7 +35,7 @@ def batch_of(seed: int, rows: int) -> cases.Batch:
 
 
 class TestExperts:
-    @pytest.mark.parametrize(("rows", "first_expert"), [(1, 0), (7, 2), (64, 0), (300, 2), (1500, 0)])
+    @pytest.mark.parametrize(("rows", "first_expert"), [(1, 0), (7, 2), (64, 0), (300, 2), (1500, 0), (3000, 1)])
     def test_any_number_of_rows_gives_what_torch_gives(self, rows: int, first_expert: int) -> None:
         packed = cases.random_experts(rows, EXPERTS, HIDDEN, INTERMEDIATE)
         batch = cases.random_batch(rows, rows, HIDDEN, TOP_K, -1, EXPERTS + 2)

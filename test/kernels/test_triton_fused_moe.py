@@ -107,10 +107,13 @@ class TestRouting:
         batch = batch_of(7, 20)
         assert not run(replace(batch, topk_ids=torch.full_like(batch.topk_ids, -1))).any()
 
-    @pytest.mark.parametrize("counted_tiles", [4, 16])
-    def test_more_pairs_than_one_program_places(self, monkeypatch: pytest.MonkeyPatch, counted_tiles: int) -> None:
-        """One kernel counts and another places, which looks at what was counted in several rounds or one."""
+    @pytest.mark.parametrize(("counted_tiles", "rank_tile"), [(4, 16), (16, 16), (16, 8)])
+    def test_more_pairs_than_one_program_places(
+        self, monkeypatch: pytest.MonkeyPatch, counted_tiles: int, rank_tile: int
+    ) -> None:
+        """One kernel counts and another places. It looks at what was counted, and places, in several rounds or one."""
         monkeypatch.setattr(moe_prepare, "choose_assign_tile", lambda num_pairs: 16)
+        monkeypatch.setattr(moe_prepare, "RANK_TILE", rank_tile)
         monkeypatch.setattr(moe_prepare, "COUNTED_TILES", counted_tiles)
         cases.assert_like_torch(PACKED, batch_of(8, 61))
         cases.assert_like_torch(PACKED, batch_of(8, 61), first_expert=2)

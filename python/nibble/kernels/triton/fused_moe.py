@@ -4,8 +4,8 @@ The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in a ch
 
 1. `prepare` sorts the (row, expert) pairs of this rank by expert, into blocks of pairs of one expert, and unpacks the
    rows to fp16;
-2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result. Where tiles are so few that they
-   leave multiprocessors without work, it shares out the columns, too, and `_sum_splits_kernel` does the rest;
+2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result. Where there are so few tiles
+   that multiprocessors would lack work, it shares out the columns, too, and `_sum_splits_kernel` does the rest;
 3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
 4. `add_results` adds the results of each row, and quantizes the sum where it belongs into an FP8 row.
 

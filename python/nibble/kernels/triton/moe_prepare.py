@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nibble.kernels.triton.dependent_launch import let_successor_start, overlaps_predecessor
-from nibble.kernels.triton.moe_routing import COUNTED_TILES, assign, choose_assign_tile, count, place_kernel
+from nibble.kernels.triton.moe_routing import COUNTED_TILES, RANK_TILE, assign, choose_assign_tile, count, place_kernel
 from nibble.kernels.triton.nvfp4_tiles import e2m1_value, e4m3_value
 
 _UNPACK_TILE = 1024  # words of eight values that one program unpacks
@@ -92,6 +92,7 @@ def prepare(
             first_expert,
             max_blocks,
             **experts,
+            RANK_TILE=min(RANK_TILE, assign_tile),
             COUNTED_TILES=COUNTED_TILES,
             num_warps=8,
             launch_pdl=overlaps_predecessor(),
@@ -167,21 +168,24 @@ def _unpack_rows(
     PADDED_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Words of eight codes to fp16 in tile order, zeros for padding."""
-    ROW_WORDS: tl.constexpr = PADDED_SIZE // 8
-    index = tile * TILE + tl.arange(0, TILE)
-    row = (index // ROW_WORDS).to(tl.int64)
-    column = index % ROW_WORDS
+    """Words of eight codes to fp16 in tile order, zeros for padding.
+
+    Values of four words each come side by side: of the words k, k + 4, k + 8 and k + 12 of a chunk.
+    """
+    ROW_RUNS: tl.constexpr = PADDED_SIZE // 32
+    index = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+    row = (index // ROW_RUNS).to(tl.int64)[:, None]
+    run = (index % ROW_RUNS)[:, None]
+    column = run // 4 * 16 + run % 4 + tl.arange(0, 4)[None, :] * 4
     in_row = row < num_rows
     mask = in_row & (column < HIDDEN_SIZE // 8)
     word_ptr = (x_fp4_ptr + row * x_fp4_stride).to(tl.pointer_type(tl.int32), bitcast=True) + column
     word = tl.load(word_ptr, mask=mask, other=0)
     scale_byte = tl.load(x_scale_ptr + row * x_scale_stride + column // 2, mask=mask, other=0)
     scale = e4m3_value(scale_byte.to(tl.int32)) * 2.0**14
-    # Code 4 p + j of word 4 t + b of a chunk.
-    place = column // 16 * 128 + column % 4 * 8 + column % 16 // 4 * 2
-    place_ptr = (x_ptr + row * PADDED_SIZE + place)[:, None] + tl.arange(0, 2)[None, :]
-    for j in tl.static_range(4):
+    place_ptr = x_ptr + row * PADDED_SIZE + run // 4 * 128 + run % 4 * 8 + tl.arange(0, 8)[None, :]
+    for j in tl.static_range(4):  # code 4 p + j of a word
         even = e2m1_value((word >> (4 * j)) & 15) * scale
         odd = e2m1_value((word >> (4 * j + 16)) & 15) * scale
-        tl.store(place_ptr + 32 * j, tl.join(even, odd).to(tl.float16), mask=in_row[:, None])
+        values = tl.join(even, odd).to(tl.float16).reshape(TILE // 4, 8)
+        tl.store(place_ptr + 32 * j, values, mask=in_row)

@@ -13,13 +13,15 @@ import triton.language as tl
 
 from nibble.kernels.triton.dependent_launch import let_successor_start, wait_for_predecessor
 
-_TILE = 128
+RANK_TILE = 128
 COUNTED_TILES = 32
 
 
 def choose_assign_tile(num_pairs: int) -> int:
     """How many pairs a program places. If that is all, `assign` does it, otherwise `count` and then `place_kernel`."""
-    return min(_TILE, max(32, triton.next_power_of_2(num_pairs)))
+    if num_pairs > 2 * COUNTED_TILES * RANK_TILE:
+        return 2 * RANK_TILE  # in two rounds, but with half the counts to look at
+    return min(RANK_TILE, max(32, triton.next_power_of_2(num_pairs)))
 
 
 @triton.jit
@@ -111,6 +113,7 @@ def place_kernel(
     EXPERT_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ASSIGN_TILE: tl.constexpr,
+    RANK_TILE: tl.constexpr,
     COUNTED_TILES: tl.constexpr,
 ):
     """Places the pairs of a tile each program; the first one also lists the blocks. All tiles have been counted."""
@@ -126,17 +129,20 @@ def place_kernel(
         counts = tl.load(count_ptr, mask=counted < num_tiles, other=0)
         totals += tl.sum(counts, axis=0)
         before += tl.sum(tl.where(counted < tile, counts, 0), axis=0)
-    pair = tile * ASSIGN_TILE + tl.arange(0, ASSIGN_TILE)
-    expert, is_local = _local_expert(
-        pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
-    )
-    _, rank = _rank(pair, expert, is_local)
     num_blocks = (totals + BLOCK_M - 1) // BLOCK_M
     first_block = tl.cumsum(num_blocks, axis=0) - num_blocks
     experts = tl.arange(0, EXPERT_TILE)
-    is_expert = experts[:, None] == expert[None, :]
-    place = rank + tl.sum(tl.where(is_expert, (first_block * BLOCK_M + before)[:, None], 0), axis=0)
-    tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
+    next_place = first_block * BLOCK_M + before  # of each expert
+    for start in range(0, ASSIGN_TILE, RANK_TILE):
+        pair = tile * ASSIGN_TILE + start + tl.arange(0, RANK_TILE)
+        expert, is_local = _local_expert(
+            pair, ids_ptr, ids_stride, ids_slot_stride, num_pairs, first_expert, TOP_K, NUM_EXPERTS
+        )
+        _, rank = _rank(pair, expert, is_local)
+        is_expert = (experts[:, None] == expert[None, :]) & is_local[None, :]
+        place = rank + tl.sum(tl.where(is_expert, next_place[:, None], 0), axis=0)
+        tl.store(sorted_pairs_ptr + place, pair, mask=is_local)
+        next_place += tl.sum(is_expert.to(tl.int32), axis=1)
     if tile == 0:
         tl.store(num_blocks_ptr, tl.sum(num_blocks, axis=0))
         for index in range(0, tl.max(num_blocks, axis=0)):
