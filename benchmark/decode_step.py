@@ -51,7 +51,14 @@ PARTS = {
     ),
     "dispatch": ("_pack_kernel", "AllGather", "Broadcast", "_dispatch_kernel"),
     "combine": ("ReduceScatter", "Reduce_", "_peer_sum_kernel", "SendRecv", "_fp8_kernel", "meet_kernel"),
-    "experts": ("_prepare_kernel", "_gate_up_kernel", "_sum_splits_kernel", "_down_kernel", "_add_results_kernel"),
+    "experts": (
+        "_prepare_kernel",
+        "place_kernel",
+        "_gate_up_kernel",
+        "_sum_splits_kernel",
+        "_down_kernel",
+        "_add_results_kernel",
+    ),
     "linear": ("_linear_kernel", "_quantize_kernel", "_sum_kernel", "gemm", "nvjet", "cutlass"),
 }
 """What the names of a part's kernels contain; the first part that fits counts. All others are the rest."""

@@ -2,13 +2,13 @@
 
     python benchmark/kernels/nvfp4_experts.py [--model deepseek-r1 qwen3-30b-a3b] [--rows 1 8 64 256 512 4096]
 
-Prints a table, then one JSON line. Rows are gathered rows with random routing; DeepSeek-R1 has the 32 experts of one
-of 8 ranks, Qwen3-30B-A3B all of them. "GB/s" counts the packed weights and scales of the experts touched, "share" is
-that in percent of the bytes that a large copy reads and writes a second; "TFLOP/s" counts the products of this rank's
-pairs, "of mm" is that in percent of a BF16 matrix product of 8192 cubed. "bf16 us" are the same experts with BF16
-weights, the best of several tilings of a Triton kernel like ours and of `torch.nn.functional.grouped_mm`, which gets
-sorted rows and neither sorts nor combines. Each figure is the median over replays of a CUDA graph with calls on
-different routing.
+Prints a table, then one JSON line. Rows are gathered rows with random routing, the same in every run; DeepSeek-R1 has
+the 32 experts of one of 8 ranks, Qwen3-30B-A3B all of them. "GB/s" counts the packed weights and scales of the experts
+touched, "share" is that in percent of the bytes that a large copy reads and writes a second; "TFLOP/s" counts the
+products of this rank's pairs, "of mm" is that in percent of a BF16 matrix product of 8192 cubed. "bf16 us" are the same
+experts with BF16 weights, the best of several tilings of a Triton kernel like ours and of
+`torch.nn.functional.grouped_mm`, which gets sorted rows and neither sorts nor combines. Each figure is the median over
+replays of a CUDA graph with calls on different routing.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=[*MODELS], default=[*MODELS])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256, 512, 4096])
     args = parser.parse_args()
-    torch.manual_seed(0)
     copy_bandwidth, matmul_rate = measure_copy_bandwidth(), measure_matmul_rate()
     device = torch.cuda.get_device_name()
     print(f"{device}; a large copy moves {copy_bandwidth / 1e9:.0f} GB/s, BF16 {matmul_rate / 1e12:.0f} TFLOP/s")
@@ -163,6 +162,7 @@ def random_experts(model: Model) -> PackedNvfp4Experts:
 
 
 def random_batches(model: Model, rows: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    torch.manual_seed(rows)
     batches = []
     for _ in range(32 if rows <= 16 else 8 if rows <= 1024 else 2):
         x_fp4, x_scale = random_matrix(rows, model.hidden)

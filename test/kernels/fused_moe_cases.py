@@ -1,6 +1,8 @@
 """Inputs and comparisons for the Triton twins of the NVFP4 experts and linear layer, interpreted or compiled."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from nibble.kernels.triton.nvfp4_tiles import Tiling
 INPUT_SCALE = torch.tensor(4.0 / 2688)
 TILINGS = [
     Tiling(16, 16, 64, 256, 4, 4),
-    Tiling(16, 16, 64, 128, 4, 6, max_splits=3),
+    Tiling(16, 16, 64, 128, 4, 6, programs_per_multiprocessor=200),
     Tiling(32, 16, 128, 128, 4, 3, max_registers=128),
     Tiling(64, 64, 64, 128, 4, 3),
     Tiling(128, 32, 128, 128, 8, 3),
@@ -132,6 +134,23 @@ def assert_like_torch(
 def use_tiling(patch: pytest.MonkeyPatch, tiling: Tiling) -> None:
     patch.setattr(fused_moe, "choose_tilings", lambda pairs_per_expert: (tiling, tiling))
     patch.setattr(fused_moe, "_SPLIT_COLUMNS", 128)
+
+
+def record_splits(patch: pytest.MonkeyPatch) -> list[int]:
+    """In how many parts the columns of gate and up are cut from now on, where they are."""
+    splits: list[int] = []
+    kernel = fused_moe._sum_splits_kernel
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any, **options: Any) -> None:
+                splits.append(options["SPLITS"])
+                kernel[grid](*arguments, **options)
+
+            return launch
+
+    patch.setattr(fused_moe, "_sum_splits_kernel", Recorder())
+    return splits
 
 
 def assert_leaves_result_where_told(moe: Experts, batch: Batch, hidden: int) -> None:

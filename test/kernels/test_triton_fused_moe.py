@@ -35,9 +35,9 @@ def run(batch: cases.Batch, first_expert: int = 0) -> torch.Tensor:
     return Nvfp4MoE(PACKED, first_expert, dtype=torch.float32)(*batch.arguments)
 
 
-def batch_of(seed: int, rows: int) -> cases.Batch:
+def batch_of(seed: int, rows: int, hidden: int = HIDDEN) -> cases.Batch:
     """Among the ids are those of this rank, -1 and two of other ranks."""
-    return cases.random_batch(seed, rows, HIDDEN, TOP_K, -1, EXPERTS + 2)
+    return cases.random_batch(seed, rows, hidden, TOP_K, -1, EXPERTS + 2)
 
 
 class TestAgreement:
@@ -58,19 +58,18 @@ class TestAgreement:
     @pytest.mark.parametrize("tiling", cases.TILINGS, ids=str)
     def test_every_tiling_gives_what_torch_gives(self, tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
         cases.use_tiling(monkeypatch, tiling)
-        packed = cases.random_experts(2, 3, 256, 256)
-        batch = cases.random_batch(2, 70, 256, 2, 0, 4)
+        packed = cases.random_experts(2, 3, 640, 128)
+        batch = cases.random_batch(2, 70, 640, 2, 0, 4)
         batch.topk_ids[:50, 0] = 1  # more pairs than a block holds
         cases.assert_like_torch(packed, batch)
 
     def test_few_pairs_with_wide_rows_are_cut_by_columns(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As on a rank with few of the experts, where they would not keep a GPU busy otherwise."""
+        splits = cases.record_splits(monkeypatch)
         packed = cases.random_experts(4, 2, 2304, 16)
         batch = cases.random_batch(4, 3, 2304, 2, -1, 4)
         cases.assert_like_torch(packed, batch, num_experts=64)
-        monkeypatch.setattr(fused_moe, "_sum_splits_kernel", None)
-        with pytest.raises(TypeError, match="NoneType"):
-            Nvfp4MoE(packed, 0, num_experts=64)(*batch.arguments)
+        assert splits == [2]
 
     def test_it_is_the_product_of_the_dequantized_tensors(self) -> None:
         batch = batch_of(3, 12)
@@ -132,28 +131,38 @@ class TestRouting:
 
 
 class TestIndependence:
-    def test_the_order_of_rows_does_not_matter(self) -> None:
-        batch, order = batch_of(11, 20), torch.randperm(20)
+    @pytest.fixture(params=["columns whole", "columns cut"])
+    def moe(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Nvfp4MoE:
+        if request.param == "columns whole":
+            return Nvfp4MoE(PACKED, 0, dtype=torch.float32)
+        monkeypatch.setattr(fused_moe, "_SPLIT_COLUMNS", 128)
+        monkeypatch.setattr(fused_moe, "num_multiprocessors", lambda device: 132)
+        moe = Nvfp4MoE(cases.random_experts(0, EXPERTS, 272, INTERMEDIATE), 0, dtype=torch.float32)
+        assert moe.choose_splits(10 * TOP_K) == 3
+        return moe
+
+    def test_the_order_of_rows_does_not_matter(self, moe: Nvfp4MoE) -> None:
+        batch, order = batch_of(11, 10, moe.hidden_size), torch.randperm(10)
         shuffled = cases.Batch(*(tensor[order] for tensor in batch.arguments))
-        assert torch.equal(run(shuffled), run(batch)[order])
+        assert torch.equal(moe(*shuffled.arguments), moe(*batch.arguments)[order])
 
-    def test_the_order_of_a_rows_slots_does_not_matter(self) -> None:
-        batch, slots = batch_of(12, 12), torch.tensor([2, 0, 1])
+    def test_the_order_of_a_rows_slots_does_not_matter(self, moe: Nvfp4MoE) -> None:
+        batch, slots = batch_of(12, 10, moe.hidden_size), torch.tensor([2, 0, 1])
         shuffled = replace(batch, topk_ids=batch.topk_ids[:, slots], topk_weights=batch.topk_weights[:, slots])
-        assert torch.equal(run(shuffled), run(batch))
+        assert torch.equal(moe(*shuffled.arguments), moe(*batch.arguments))
 
-    def test_the_same_inputs_give_the_same_bits(self) -> None:
-        batch = batch_of(13, 20)
-        assert torch.equal(run(batch), run(batch))
+    def test_the_same_inputs_give_the_same_bits(self, moe: Nvfp4MoE) -> None:
+        batch = batch_of(13, 10, moe.hidden_size)
+        assert torch.equal(moe(*batch.arguments), moe(*batch.arguments))
 
-    def test_a_nan_poisons_its_own_row_only(self) -> None:
-        batch = batch_of(14, 20)
+    def test_a_nan_poisons_its_own_row_only(self, moe: Nvfp4MoE) -> None:
+        batch = batch_of(14, 10, moe.hidden_size)
         batch.topk_ids[4] = torch.tensor([1, 0, 2])
-        clean = run(batch)
+        clean = moe(*batch.arguments)
         batch.x_scale.view(torch.uint8)[4, 2] = 0x7F
-        out = run(batch)
+        out = moe(*batch.arguments)
         assert out[4].isnan().all()
-        others = torch.arange(20) != 4
+        others = torch.arange(10) != 4
         assert torch.equal(out[others], clean[others])
 
 
@@ -175,7 +184,7 @@ class TestViews:
 
 def test_zero_rows_launch_nothing_and_keep_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = Nvfp4MoE(PACKED, 0)
-    for kernel in ("prepare", "_gate_up_kernel", "_sum_splits_kernel", "_down_kernel", "add_results"):
+    for kernel in ("prepare", "_gate_up_kernel", "_down_kernel", "add_results"):
         monkeypatch.setattr(fused_moe, kernel, None)
     out = moe(*(tensor[:0] for tensor in batch_of(17, 1).arguments))
     assert (out.shape, out.dtype) == ((0, HIDDEN), torch.bfloat16)

@@ -4,15 +4,16 @@ The W4A4 arithmetic of `nibble.kernels.torch.fused_moe.fused_moe_nvfp4`, in a ch
 
 1. `prepare` sorts the (row, expert) pairs of this rank by expert, into blocks of pairs of one expert, and unpacks the
    rows to fp16;
-2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result. Where there are so few tiles
-   that multiprocessors would lack work, it shares out the columns, too, and `_sum_splits_kernel` does the rest;
+2. `_gate_up_kernel` multiplies by gate and up, applies SwiGLU and quantizes the result. Where it has few tiles for the
+   multiprocessors, it shares out the columns, too, and `_sum_splits_kernel` does the rest;
 3. `_down_kernel` multiplies by down and by the routing weight, one result a pair;
 4. `add_results` adds the results of each row, and quantizes the sum where it belongs into an FP8 row.
 
 Which blocks there are is known on the device only, so there are programs for as many as there may be. The host waits
 for nothing, and sizes depend on shapes alone: a CUDA graph can capture a call. The chain is one of
 `nibble.kernels.triton.dependent_launch`. Nothing is added in an order that may vary, so the same inputs give the same
-bits; the order of a row's experts does not matter either.
+bits; the order of the rows, and of a row's experts, does not matter. With another number of rows, or of experts of the
+whole layer, the sums over columns may be cut otherwise.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -36,6 +37,7 @@ from nibble.kernels.triton.nvfp4_tiles import (
     Tiling,
     fake_quantize,
     multiply_rows,
+    num_multiprocessors,
     pack_tiles,
     padded_columns,
 )
@@ -43,22 +45,21 @@ from nibble.kernels.triton.nvfp4_tiles import (
 # Rows of one pass: beyond, the results of all pairs would take more memory than they save time.
 _MAX_ROWS = 4096
 _SPLIT_COLUMNS = 1024  # what a split of gate and up has at least
+_MAX_SPLITS = 4
+_SUM_TILE = ROW_MULTIPLE  # rows of gate and up whose sums one program adds; it divides any number of them
 
 
 def choose_tilings(pairs_per_expert: float) -> tuple[Tiling, Tiling]:
     """Of gate and up, and of down, with the same `block_m`: by the mean number of pairs, so that most experts need one
-    block. They are the fastest of many on an H200.
+    block. They are the fastest of many on an H200, for the shapes of DeepSeek-R1 on one of 8 ranks and Qwen3-30B-A3B
+    on one. Columns are never shared out for down.
     """
     narrow = Tiling(16, 16, 64, 128, 4, 6, max_registers=128)
     wide = Tiling(16, 16, 128, 128, 4, 4, max_registers=128)
     if pairs_per_expert <= 0.1:
-        return replace(narrow, max_splits=4), narrow
-    if pairs_per_expert <= 0.15:
-        return replace(wide, max_splits=4), narrow
-    if pairs_per_expert <= 0.6:
-        return replace(wide, max_splits=4), wide
+        return replace(narrow, programs_per_multiprocessor=12), narrow
     if pairs_per_expert <= 12:
-        return wide, wide
+        return replace(wide, programs_per_multiprocessor=12), narrow if pairs_per_expert <= 0.15 else wide
     if pairs_per_expert <= 24:
         return (Tiling(32, 16, 128, 128, 4, 3, max_registers=128),) * 2
     if pairs_per_expert <= 90:
@@ -102,21 +103,40 @@ class Nvfp4MoE:
             out = x_fp4.new_empty(x_fp4.shape[0], self.hidden_size, dtype=self.dtype)
         arguments = (x_fp4, x_scale, topk_ids, topk_weights, out)
         if len(out) > 0:
+            # One choice for all rows, so that they are summed alike.
+            tilings = choose_tilings(topk_ids.numel() / self.num_experts)
+            splits = self.choose_splits(topk_ids.numel())
             for part in zip(*(tensor.split(_MAX_ROWS) for tensor in arguments), strict=True):
-                self._run(*part)
+                self._run(tilings, splits, *part)
         return out
 
-    def _run(self, x_fp4: Tensor, x_scale: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+    def choose_splits(self, pairs: int) -> int:
+        """Into how many parts the columns of gate and up are cut, for that many pairs of all ranks."""
+        tiling, _ = choose_tilings(pairs / self.num_experts)
+        likely_experts = max(1, min(self.num_local, pairs * self.num_local // self.num_experts))
+        tiles = likely_experts * self.w13.rows // tiling.block_n
+        programs = num_multiprocessors(self.w13.words.device) * tiling.programs_per_multiprocessor
+        return max(1, min(_MAX_SPLITS, self.w13.columns // _SPLIT_COLUMNS, programs // tiles))
+
+    def _run(
+        self,
+        tilings: tuple[Tiling, Tiling],
+        splits: int,
+        x_fp4: Tensor,
+        x_scale: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+    ) -> None:
+        tiling, down_tiling = tilings
         rows, top_k = topk_ids.shape
         pairs = rows * top_k
-        tiling, down_tiling = choose_tilings(pairs / self.num_experts)
         x = x_fp4.new_empty(rows, self.w13.columns, dtype=torch.float16)
         hidden = x.new_empty(pairs, self.w2.columns)
+        gate_up_out = hidden if splits == 1 else x.new_empty(splits, pairs, self.w13.rows, dtype=torch.float32)
         results = out.new_empty(pairs, self.hidden_size, dtype=self.dtype)
 
         blocks = prepare(x_fp4, x_scale, topk_ids, self.first_expert, self.num_local, tiling.block_m, x)
-        splits = min(tiling.max_splits, max(1, self.w13.columns // _SPLIT_COLUMNS))
-        sums = hidden if splits == 1 else x.new_empty(splits, pairs, self.w13.rows, dtype=torch.float32)
         _gate_up_kernel[(blocks.max_blocks * self.w13.rows // tiling.block_n * splits,)](
             self.w13.words,
             self.w13.scales,
@@ -126,7 +146,7 @@ class Nvfp4MoE:
             blocks.pairs,
             blocks.experts_and_counts,
             blocks.num_blocks,
-            sums,
+            gate_up_out,
             pairs,
             blocks.max_blocks,
             ROWS=self.w13.rows,
@@ -144,8 +164,8 @@ class Nvfp4MoE:
             enable_fp_fusion=False,
         )
         if splits > 1:
-            _sum_splits_kernel[(pairs, self.w13.rows // ROW_MULTIPLE)](
-                sums,
+            _sum_splits_kernel[(pairs, self.w13.rows // _SUM_TILE)](
+                gate_up_out,
                 topk_ids,
                 self.g1_gate_up,
                 self.w2_input_scale,
@@ -157,7 +177,7 @@ class Nvfp4MoE:
                 ROWS=self.w13.rows,
                 SPLITS=splits,
                 TOP_K=top_k,
-                BLOCK_N=ROW_MULTIPLE,
+                BLOCK_N=_SUM_TILE,
                 num_warps=1,
                 launch_pdl=overlaps_predecessor(),
                 enable_fp_fusion=False,
@@ -289,7 +309,7 @@ def _gate_up_tile(
         x_ptr + (pair // TOP_K).to(tl.int64) * COLUMNS, mask, BLOCK_N, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     if SPLITS == 1:
-        _store_hidden(acc, factors, row_tile, pairs, out_ptr, ROWS, BLOCK_M, BLOCK_N)
+        _quantize_hidden(acc, factors, row_tile, pairs, out_ptr, ROWS, BLOCK_M, BLOCK_N)
     else:
         sum_row = (split * total_pairs + pair).to(tl.int64)[:, None]
         sum_ptrs = out_ptr + sum_row * ROWS + row_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -312,29 +332,34 @@ def _sum_splits_kernel(
     TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds, in order, the sums that `_gate_up_kernel` has left, and finishes its work: a pair's run of `BLOCK_N`."""
+    """Adds, in order, what `_gate_up_kernel` has left of each split, and finishes its work.
+
+    A program takes `BLOCK_N` rows of gate and up of one pair.
+    """
     pair, row_tile = tl.program_id(0), tl.program_id(1)
+    total_pairs = tl.num_programs(0)
     expert = tl.load(ids_ptr + pair // TOP_K * ids_stride + pair % TOP_K * ids_slot_stride) - first_expert
+    is_local = (expert >= 0) & (expert < NUM_EXPERTS)
+    factors = _load_factors(tl.where(is_local, expert, 0), alpha_ptr, hidden_scale_ptr)
     wait_for_predecessor()
     let_successor_start()
-    if (expert >= 0) & (expert < NUM_EXPERTS):
-        factors = _load_factors(expert, alpha_ptr, hidden_scale_ptr)
+    if is_local:
         row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros([BLOCK_N], tl.float32)
         for split in tl.static_range(SPLITS):
-            acc += tl.load(sums_ptr + (split * tl.num_programs(0) + pair).to(tl.int64) * ROWS + row)
+            acc += tl.load(sums_ptr + (split * total_pairs + pair).to(tl.int64) * ROWS + row)
         pairs = pair + tl.arange(0, 1), tl.full([1], True, tl.int1)
-        _store_hidden(acc[:, None], factors, row_tile, pairs, hidden_ptr, ROWS, 1, BLOCK_N)
+        _quantize_hidden(acc[:, None], factors, row_tile, pairs, hidden_ptr, ROWS, 1, BLOCK_N)
 
 
 @triton.jit
 def _load_factors(expert, alpha_ptr, hidden_scale_ptr):
-    """What gate and up are multiplied by, and the input scale of down."""
+    """What the sums of gate and of up are multiplied by, and the input scale of down."""
     return tl.load(alpha_ptr + expert * 2), tl.load(alpha_ptr + expert * 2 + 1), tl.load(hidden_scale_ptr + expert)
 
 
 @triton.jit
-def _store_hidden(
+def _quantize_hidden(
     acc,
     factors,
     row_tile,
@@ -344,7 +369,7 @@ def _store_hidden(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """SwiGLU and the second quantization of a tile's sums [BLOCK_N, BLOCK_M]."""
+    """SwiGLU and the second quantization of the sums [BLOCK_N, BLOCK_M] of a tile, left in `hidden`."""
     HIDDEN_BLOCKS: tl.constexpr = BLOCK_N // 32  # blocks of 16 hidden values
     pair, mask = pairs
     gate_alpha, up_alpha, hidden_scale = factors

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from nibble.kernels.triton.dependent_launch import let_successor_start, wait_for_predecessor
 
-RANK_TILE = 128
-COUNTED_TILES = 32
+RANK_TILE = 128  # pairs that are compared with each other at once
+COUNTED_TILES = 32  # of which the counts are looked at, at once
 
 
 def choose_assign_tile(num_pairs: int) -> int:

@@ -70,9 +70,8 @@ class Tiling:
     block_k: int
     num_warps: int
     num_stages: int
-    programs_per_multiprocessor: int = 1  # to have so many, `Nvfp4Linear` shares out columns
-    max_registers: int | None = None  # of a thread
-    max_splits: int = 1  # of the columns, by `Nvfp4MoE`
+    programs_per_multiprocessor: int = 1  # to have so many, columns are shared out, too
+    max_registers: int | None = None  # of a thread: with 4 warps and 128 of them four programs fit
 
     def step(self, columns: int) -> int:
         """The columns of a step, for a padded width of `columns`."""
