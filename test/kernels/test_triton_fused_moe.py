@@ -118,10 +118,16 @@ class TestRouting:
         cases.assert_like_torch(PACKED, batch_of(8, 61), first_expert=2)
 
     def test_rows_of_several_passes_are_the_rows_of_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        batch = batch_of(9, 10)
-        whole = run(batch)
-        monkeypatch.setattr(fused_moe, "_MAX_ROWS", 4)
-        assert torch.equal(run(batch), whole)
+        """Although the only row of the last pass, alone, would be cut by columns."""
+        monkeypatch.setattr(fused_moe, "_SPLIT_COLUMNS", 128)
+        moe = Nvfp4MoE(cases.random_experts(9, EXPERTS, 272, INTERMEDIATE), 0, dtype=torch.float32)
+        assert (moe.choose_splits(10 * TOP_K), moe.choose_splits(TOP_K)) == (1, 2)
+        splits = cases.record_splits(monkeypatch)
+        batch = batch_of(9, 10, 272)
+        whole = moe(*batch.arguments)
+        monkeypatch.setattr(fused_moe, "_MAX_ROWS", 3)
+        assert torch.equal(moe(*batch.arguments), whole)
+        assert not splits
 
     def test_an_expert_twice_in_a_row_counts_twice(self) -> None:
         batch = batch_of(10, 5)
