@@ -46,7 +46,7 @@ serve: install
 		--enable-dp-attention --enable-flashinfer-cutlass-moe $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Asks the server that `make serve` runs.
 eval: install

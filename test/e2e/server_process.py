@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -156,7 +157,7 @@ def stopped(ranks: list[psutil.Process]) -> Iterator[None]:
 def shared_files() -> set[str]:
     """What engines may leave behind: directories for sockets and segments of shared memory."""
     shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")} if os.path.isdir("/dev/shm") else set()
-    return shared | {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith("nibble-")}
+    return shared | {str(folder) for folder in Path(tempfile.gettempdir()).glob("nibble-*")}
 
 
 def events(response: httpx.Response) -> Iterator[dict]:
