@@ -1,6 +1,6 @@
 # make serve   the demo model on two data-parallel ranks (one where there is one GPU), http://127.0.0.1:30000
 #              [PORT=…] [MODEL=…] [RANKS=…] [ARGS="…"]
-# make test    the tests                                                           [ARGS="…" passes pytest options]
+# make test    the tests, in two workers                                           [ARGS="…" passes pytest options]
 # make lint    format, lint and types
 # make eval    held-out accuracy of the served demo model                          [PORT=…] [MODEL=…]
 # make fuzz    10,000 hostile requests to a server of its own, then 6,000 made from the schema

@@ -2,9 +2,10 @@
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+FOLDER = "/tmp"  # all workers', while the one that `tempfile` names is a worker's own
 
 
 @contextmanager
@@ -19,6 +20,6 @@ def gpu_held(alone: bool) -> Iterator[None]:
 
 
 def _opened(name: str, stack: ExitStack) -> int:
-    file = os.open(f"{tempfile.gettempdir()}/nibble-gpu-tests-{os.getuid()}-{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    file = os.open(f"{FOLDER}/nibble-gpu-tests-{os.getuid()}-{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
     stack.callback(os.close, file)
     return file

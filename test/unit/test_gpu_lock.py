@@ -1,7 +1,6 @@
 """Tests that measure all of a GPU take turns with the others, whichever worker of pytest-xdist they run in."""
 
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+import gpu_lock
 from gpu_lock import gpu_held
 
 SOON = 0.1
@@ -17,7 +17,7 @@ LONG = 20.0
 
 @pytest.fixture(autouse=True)
 def locks_of_this_test(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_lock, "FOLDER", str(tmp_path))
 
 
 class Worker:
