@@ -119,8 +119,7 @@ def launch_experts(moe: Moe, choices: bool) -> None:
     layout = WireRowLayout(hidden, moe.top_k)
     for rows in row_counts(
         choices,
-        lambda rows: fused_moe.choose_tilings(rows * moe.top_k / moe.num_experts),
-        lambda rows: experts.choose_splits(rows * moe.top_k),
+        lambda rows: experts.choose_cut(rows * moe.top_k),
         lambda rows: choose_assign_tile(rows * moe.top_k),
     ):
         gathered = view_rows(uint8(rows, layout.row_bytes), layout)

@@ -72,6 +72,11 @@ class TestAgreement:
         cases.assert_like_torch(packed, batch, num_experts=64)
         assert splits == [2]
 
+    def test_sums_of_cut_columns_take_little_memory(self) -> None:
+        """There is room for the pairs of all ranks in them, so columns are not cut however few experts are here."""
+        moe = Nvfp4MoE(cases.random_experts(4, 2, 2304, 16), 0, num_experts=64)
+        assert [moe.choose_cut(pairs)[2] for pairs in (64, 65, 640)] == [2, 1, 1]
+
     def test_it_is_the_product_of_the_dequantized_tensors(self) -> None:
         batch = batch_of(3, 12)
         cases.assert_close(run(batch), cases.float64_reference(PACKED, batch, 0))
@@ -121,8 +126,8 @@ class TestRouting:
     def test_rows_of_several_passes_are_the_rows_of_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Although the only row of the last pass, alone, would be cut by columns."""
         monkeypatch.setattr(fused_moe, "_SPLIT_COLUMNS", 128)
-        moe = Nvfp4MoE(cases.random_experts(9, EXPERTS, 272, INTERMEDIATE), 0, dtype=torch.float32)
-        assert (moe.choose_splits(10 * TOP_K), moe.choose_splits(TOP_K)) == (1, 2)
+        moe = Nvfp4MoE(cases.random_experts(9, EXPERTS, 272, INTERMEDIATE), 0, 10 * TOP_K, torch.float32)
+        assert [moe.choose_cut(pairs)[2] for pairs in (10 * TOP_K, TOP_K)] == [1, 3]
         splits = cases.record_splits(monkeypatch)
         batch = batch_of(9, 10, 272)
         whole = moe(*batch.arguments)
@@ -144,8 +149,8 @@ class TestIndependence:
             return Nvfp4MoE(PACKED, 0, dtype=torch.float32)
         monkeypatch.setattr(fused_moe, "_SPLIT_COLUMNS", 128)
         monkeypatch.setattr(fused_moe, "num_multiprocessors", lambda device: 132)
-        moe = Nvfp4MoE(cases.random_experts(0, EXPERTS, 272, INTERMEDIATE), 0, dtype=torch.float32)
-        assert moe.choose_splits(10 * TOP_K) == 3
+        moe = Nvfp4MoE(cases.random_experts(0, EXPERTS, 272, INTERMEDIATE), 0, 10 * TOP_K, torch.float32)
+        assert moe.choose_cut(10 * TOP_K)[2] == 3
         return moe
 
     def test_the_order_of_rows_does_not_matter(self, moe: Nvfp4MoE) -> None:

@@ -58,8 +58,10 @@ def choose_tilings(pairs_per_expert: float) -> tuple[Tiling, Tiling]:
     wide = Tiling(16, 16, 128, 128, 4, 4, max_registers=128)
     if pairs_per_expert <= 0.1:
         return replace(narrow, programs_per_multiprocessor=12), narrow
-    if pairs_per_expert <= 12:
+    if pairs_per_expert <= 1:  # beyond, the sums of all ranks' pairs would take much memory
         return replace(wide, programs_per_multiprocessor=12), narrow if pairs_per_expert <= 0.15 else wide
+    if pairs_per_expert <= 12:
+        return wide, wide
     if pairs_per_expert <= 24:
         return (Tiling(32, 16, 128, 128, 4, 3, max_registers=128),) * 2
     if pairs_per_expert <= 90:
@@ -103,32 +105,32 @@ class Nvfp4MoE:
             out = x_fp4.new_empty(x_fp4.shape[0], self.hidden_size, dtype=self.dtype)
         arguments = (x_fp4, x_scale, topk_ids, topk_weights, out)
         if len(out) > 0:
-            # One choice for all rows, so that they are summed alike.
-            tilings = choose_tilings(topk_ids.numel() / self.num_experts)
-            splits = self.choose_splits(topk_ids.numel())
+            cut = self.choose_cut(topk_ids.numel())  # one for all rows, so that they are summed alike
             for part in zip(*(tensor.split(_MAX_ROWS) for tensor in arguments), strict=True):
-                self._run(tilings, splits, *part)
+                self._run(cut, *part)
         return out
 
-    def choose_splits(self, pairs: int) -> int:
-        """Into how many parts the columns of gate and up are cut, for that many pairs of all ranks."""
-        tiling, _ = choose_tilings(pairs / self.num_experts)
+    def choose_cut(self, pairs: int) -> tuple[Tiling, Tiling, int]:
+        """The tilings of both products, and into how many parts the columns of gate and up are cut, for that many pairs
+        of all ranks.
+        """
+        tiling, down_tiling = choose_tilings(pairs / self.num_experts)
         likely_experts = max(1, min(self.num_local, pairs * self.num_local // self.num_experts))
         tiles = likely_experts * self.w13.rows // tiling.block_n
         programs = num_multiprocessors(self.w13.words.device) * tiling.programs_per_multiprocessor
-        return max(1, min(_MAX_SPLITS, self.w13.columns // _SPLIT_COLUMNS, programs // tiles))
+        splits = max(1, min(_MAX_SPLITS, self.w13.columns // _SPLIT_COLUMNS, programs // tiles))
+        return tiling, down_tiling, splits
 
     def _run(
         self,
-        tilings: tuple[Tiling, Tiling],
-        splits: int,
+        cut: tuple[Tiling, Tiling, int],
         x_fp4: Tensor,
         x_scale: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
         out: Tensor,
     ) -> None:
-        tiling, down_tiling = tilings
+        tiling, down_tiling, splits = cut
         rows, top_k = topk_ids.shape
         pairs = rows * top_k
         x = x_fp4.new_empty(rows, self.w13.columns, dtype=torch.float16)
