@@ -26,7 +26,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=[(528, EXPERTS), (2304, 500)], ids=["columns whole", "columns cut"])
 def moe(request: pytest.FixtureRequest) -> Nvfp4MoE:
-    """Experts of narrow rows, and of rows so wide and with so many experts elsewhere that few of them are cut by columns."""
+    """Experts of narrow rows, and of wide ones with so many experts elsewhere that few of them are cut by columns."""
     hidden, num_experts = request.param
     packed = cases.random_experts(0, EXPERTS, hidden, INTERMEDIATE)
     return Nvfp4MoE(cases.experts_to(packed, "cuda"), 0, num_experts, dtype=torch.float32)
