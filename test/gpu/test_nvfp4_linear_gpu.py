@@ -33,7 +33,7 @@ def random_x(seed: int, rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(40, 16), (1000, 528), (2112, 7168), (7168, 2048)])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 16), (1000, 528), (2112, 7168), (7168, 2048), (40000, 128)])
 def test_any_number_of_rows_gives_what_torch_gives(rows: int, columns: int) -> None:
     weights = linear_layer(0, rows, columns)
     linear, reference = Nvfp4Linear(*weights, dtype=torch.float32), TorchLinear(*weights)

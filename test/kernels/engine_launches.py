@@ -47,8 +47,8 @@ class Moe:
 
 DEEPSEEK_R1 = Moe(hidden_size=7168, intermediate_size=2048, num_experts=256, top_k=8)
 QWEN3_30B_A3B = Moe(hidden_size=2048, intermediate_size=768, num_experts=128, top_k=8)
-LINEAR_SIZES = ((2112, 7168), (36864, 7168), (7168, 16384))
-"""[N, K] of DeepSeek-R1: what makes queries and keys, a dense layer's gate and up, what follows attention."""
+LINEAR_SIZES = ((7168, 16384), (2112, 7168), (36864, 7168))
+"""[N, K] of DeepSeek-R1: what follows attention, what makes queries and keys, a dense layer's gate and up."""
 
 
 def launch_all(coverage: str) -> None:
@@ -134,7 +134,7 @@ def launch_experts(moe: Moe, choices: bool) -> None:
 def launch_linear(out_features: int, in_features: int, choices: bool) -> None:
     values, block_scales = uint8(out_features, in_features // 2), scales(out_features, in_features // 16)
     linear = nvfp4_linear.Nvfp4Linear(values, block_scales, float32(), float32(out_features))
-    for rows in row_counts(choices, nvfp4_linear.choose_tiling):
+    for rows in row_counts(choices, linear.choose_tiling):
         linear(meta(rows, in_features))
 
 

@@ -57,7 +57,7 @@ def test_any_shape_gives_what_torch_gives(x_rows: int, rows: int, columns: int, 
 
 @pytest.mark.parametrize("tiling", cases.TILINGS, ids=str)
 def test_every_tiling_gives_what_torch_gives(tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvfp4_linear, "choose_tiling", lambda rows: tiling)
+    monkeypatch.setattr(Nvfp4Linear, "choose_tiling", lambda self, rows: tiling)
     weights, x = layer(0, 136, 512), random_x(0, 40, 512)
     out = Nvfp4Linear(*weights, dtype=torch.float32)(x)
     torch.testing.assert_close(out, TorchLinear(*weights)(x), rtol=1e-5, atol=1e-5)
