@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from forked_server import ForkedServer
+from rank_processes import free_port
 
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "nibble-demo-6m-nvfp4"
 
@@ -111,12 +112,6 @@ def run_command(options: Sequence[str], log: Path, environment: dict[str, str]) 
         return subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def processes_of(server_pid: int) -> list[psutil.Process]:

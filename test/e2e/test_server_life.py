@@ -16,12 +16,12 @@ import nibble
 from nibble.config.server_args import ServerArgs
 from nibble.launch_server import _listen
 from nibble.utils.errors import ConfigError
+from rank_processes import free_port
 from server_process import (
     DEMO_MODEL,
     Load,
     Server,
     events,
-    free_port,
     launch,
     parallel_flags,
     shared_files,
