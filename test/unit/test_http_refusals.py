@@ -176,9 +176,16 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"messages": HELLO * 4097}, "messages", "4096"),
     (GENERATE, {"top_logprobs_num": 21}, "top_logprobs_num", "21"),
     (GENERATE, {"rid": "x" * 257}, "rid", "257"),
-    (GENERATE, {"sampling_params": {"max_new_tokens": 199}}, "max_new_tokens", "199"),
-    (GENERATE, {"sampling_params": {"sampling_seed": 2**63}}, "sampling_seed", str(2**63)),
-    (GENERATE, {"sampling_params": {"min_new_tokens": 129}}, "min_new_tokens", "129"),
+    (GENERATE, {"sampling_params": {"max_new_tokens": 199}}, "sampling_params.max_new_tokens", "199"),
+    (GENERATE, {"sampling_params": {"sampling_seed": 2**63}}, "sampling_params.sampling_seed", str(2**63)),
+    (GENERATE, {"sampling_params": {"min_new_tokens": 129}}, "sampling_params.min_new_tokens", "129"),
+    (GENERATE, {"sampling_params": {"stop": ""}}, "sampling_params.stop", "entries of stop"),
+    (
+        GENERATE,
+        {"text": ["a", "b"], "sampling_params": [{}, {"top_p": 3}]},
+        "sampling_params.1.top_p",
+        "sampling_params.1.top_p must be",
+    ),
 ]
 
 
@@ -274,7 +281,12 @@ OVER_LONG: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (CHAT, {"messages": HELLO, "max_tokens": 199}, "max_tokens", ["199", "200", "at most"]),
     (GENERATE, {"text": None, "input_ids": [1] * 5000}, "input_ids", ["the prompt has 5000 tokens", "of 200 tokens"]),
     (GENERATE, {"text": ["Hi", "x" * 5000]}, "text", ["the prompt has", "of 200 tokens"]),
-    (GENERATE, {"sampling_params": {"max_new_tokens": 10**9}}, "max_new_tokens", [str(10**9), "200", "at most"]),
+    (
+        GENERATE,
+        {"sampling_params": {"max_new_tokens": 10**9}},
+        "sampling_params.max_new_tokens",
+        [str(10**9), "200", "at most"],
+    ),
 ]
 
 

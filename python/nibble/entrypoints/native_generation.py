@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,7 @@ from nibble.entrypoints.choices import (
 )
 from nibble.entrypoints.context import ServerContext
 from nibble.entrypoints.logprobs import native_logprob, native_logprobs
-from nibble.entrypoints.native_protocol import GenerateRequest
+from nibble.entrypoints.native_protocol import GenerateRequest, NativeSampling
 from nibble.generation import GenerationOutput, TokenLogprob
 from nibble.observability.request_context import current_request, unique_request_id
 from nibble.tokenizer.stop_regex import MAX_DIFFERENT
@@ -60,20 +60,21 @@ class NativeGeneration:
         choices: list[Choice] = []
         encoded = await self._context.prompts.encode(prompts, field)
         for index, (input_ids, param) in enumerate(zip(encoded, params, strict=True)):
-            limit = resolve_max_new_tokens(
-                param.max_new_tokens,
-                DEFAULT_MAX_NEW_TOKENS,
-                len(input_ids),
-                engine.context_length,
-                "max_new_tokens",
-                field,
-            )
             if isinstance(body.rid, list):
                 client_id = prompt_id = body.rid[index]
             else:
                 client_id, prompt_id = shared_id, f"{shared_id}-{index}" if len(prompts) > 1 else shared_id
-            sampling = param.sampling_params(limit)
-            choices += choices_of_prompt(engine, client_id, prompt_id, input_ids, sampling, options, field)
+            with _named_as_sent(f".{index}" if isinstance(body.sampling_params, list) else ""):
+                limit = resolve_max_new_tokens(
+                    param.max_new_tokens,
+                    DEFAULT_MAX_NEW_TOKENS,
+                    len(input_ids),
+                    engine.context_length,
+                    "max_new_tokens",
+                    field,
+                )
+                sampling = param.sampling_params(limit)
+                choices += choices_of_prompt(engine, client_id, prompt_id, input_ids, sampling, options, field)
             await asyncio.sleep(0)  # others run: each prompt may have stop_regex of its own to compile
         return choices
 
@@ -93,6 +94,19 @@ class NativeGeneration:
             async for i, output in stream:
                 content = outputs[i].format(output)
                 yield {**content, "index": i} if self._is_list(choices) else content
+
+
+@contextmanager
+def _named_as_sent(index: str) -> Iterator[None]:
+    """A RequestError that names a sampling parameter says that it is one of `sampling_params`."""
+    try:
+        yield
+    except RequestError as error:
+        if error.field not in NativeSampling.model_fields:
+            raise
+        parent, message = f"sampling_params{index}.", str(error)
+        named = parent + message if message.startswith(error.field) else message
+        raise RequestError(named, parent + error.field) from None
 
 
 class _NativeOutput:
