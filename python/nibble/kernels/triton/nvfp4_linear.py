@@ -97,7 +97,7 @@ class Nvfp4Linear:
         return out
 
     def choose_tiling(self, rows: int) -> Tiling:
-        """They are the fastest of many on an H200, for the layers of DeepSeek-R1 and Qwen3-30B-A3B."""
+        """The fastest of many on an H200 for the layers of DeepSeek-R1 and Qwen3-30B-A3B together, not for each."""
         if rows <= 16:
             return Tiling(16, 16, 64, 128, 4, 6, 4)
         if rows <= 32:
